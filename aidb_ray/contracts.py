@@ -1,0 +1,270 @@
+"""Rows that the runtime itself relies on, and the contracts that other row types may meet.
+
+Rows are frozen pydantic models: snake_case in Python, camelCase on the wire, unknown fields
+refused, strict types. Each is encoded to JSON once, where it is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from uuid import uuid4
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic.alias_generators import to_camel
+
+_NAME = re.compile(r"[A-Za-z0-9._~:/-]{1,512}")
+MAX_KEY_LENGTH = 1_024
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether `name` may name an agent, a collection or a session.
+
+    One to 512 of the characters that need no escape in a URL; no `..`, no leading `/`.
+    """
+    return (
+        _NAME.fullmatch(name) is not None and ".." not in name and not name.startswith(("/", "__"))
+    )
+
+
+def utc_now() -> datetime:
+    """Return the time now, aware, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+def new_id() -> str:
+    """Return a fresh random identifier (UUID4)."""
+    return str(uuid4())
+
+
+def _to_utc(value: datetime) -> datetime:
+    return value.astimezone(timezone.utc)
+
+
+def _iso(value: datetime) -> str:
+    # Always six digits: texts of equal width sort as their times do.
+    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _checked_key(value: str) -> str:
+    if not value or len(value) > MAX_KEY_LENGTH or "\0" in value:
+        raise ValueError(f"invalid_id: 1 to {MAX_KEY_LENGTH} characters without NUL are allowed")
+    return value
+
+
+Utc = Annotated[
+    AwareDatetime,
+    Field(strict=False),
+    AfterValidator(_to_utc),
+    PlainSerializer(_iso, when_used="json"),
+]
+"""An aware time; stored as `YYYY-MM-DDTHH:MM:SS.ffffffZ`, which sorts as text."""
+
+Key = Annotated[str, AfterValidator(_checked_key)]
+"""Identifies a row in its collection: 1 to 1,024 characters without NUL."""
+
+
+class Row(BaseModel):
+    """Base of the default row types. Values never change; writing makes a new row."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        populate_by_name=True,
+        allow_inf_nan=False,
+    )
+
+
+class ToolCallStatus(StrEnum):
+    """Life of a tool call: pending → executing → one of the three ends."""
+
+    PENDING = "pending"
+    EXECUTING = "executing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the row can never change again."""
+        return self in (self.COMPLETED, self.FAILED, self.CANCELLED)
+
+
+class GenerationStatus(StrEnum):
+    """Life of a generation: running → one of the three ends."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the row can never change again."""
+        return self in (self.COMPLETED, self.FAILED, self.CANCELLED)
+
+
+class Usage(Row):
+    """Tokens that a model counted for one round or one generation."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class AgentMessage(Row):
+    """One message of a conversation.
+
+    Attributes:
+        actor_id: Who wrote it: a user's id or an agent's name.
+        target_agent: Name of the agent that should answer, `""` for none.
+        processed: Whether that agent has answered it (or the message asks for nothing).
+        generation_id: The run that answered it, or that wrote it.
+        request_id: Correlates a request between agents with its reply.
+        in_reply_to: Id of the newest message that this one answers.
+        not_before: The agent leaves the message alone until then.
+    """
+
+    id: Key = Field(default_factory=new_id)
+    role: Literal["user", "assistant", "system"]
+    actor_id: str
+    target_agent: str = ""
+    content: str
+    created_at: Utc = Field(default_factory=utc_now)
+    processed: bool = False
+    generation_id: str | None = None
+    request_id: str | None = None
+    in_reply_to: str | None = None
+    not_before: Utc | None = None
+
+
+class ToolCall(Row):
+    """One request by the model to run a tool.
+
+    Attributes:
+        id: `{generation_id}:{round}:{n}` when an agent wrote it.
+        model_call_id: The provider's id of the call, which its answer must name.
+        attempt: How often the call was started; above 1 after a crash in the middle.
+        error: What went wrong, set exactly when `status` is `failed`.
+        approval: Whether a person must decide first, and what was decided.
+    """
+
+    id: Key
+    generation_id: str
+    name: str
+    args: Any = None
+    status: ToolCallStatus = Field(default=ToolCallStatus.PENDING, strict=False)
+    agent: str = ""
+    round: int = 0
+    model_call_id: str = ""
+    attempt: int = 0
+    result: Any = None
+    error: str | None = None
+    error_code: str | None = None
+    approval: Literal["needed", "approved", "rejected"] | None = None
+    not_before: Utc | None = None
+    created_at: Utc = Field(default_factory=utc_now)
+    updated_at: Utc = Field(default_factory=utc_now)
+
+
+class Generation(Row):
+    """One run of the model for pending work, from the first round to the reply.
+
+    Attributes:
+        message_ids: The messages that this run answers, oldest first.
+        rounds: The text that each finished model round said beside its tool calls.
+        attempt: Counts starts of the unfinished round; above 1 after a crash in the middle.
+        error: What went wrong, set exactly when `status` is `failed`.
+    """
+
+    id: Key
+    agent: str
+    status: GenerationStatus = Field(default=GenerationStatus.PENDING, strict=False)
+    message_ids: list[str] = Field(default_factory=list[str])
+    rounds: list[str] = Field(default_factory=list[str])
+    attempt: int = 1
+    usage: Usage | None = None
+    error: str | None = None
+    error_code: str | None = None
+    created_at: Utc = Field(default_factory=utc_now)
+    updated_at: Utc = Field(default_factory=utc_now)
+
+
+class Chunk(Row):
+    """One event of a generation's stream, as stored.
+
+    Attributes:
+        id: `{generation_id}:{index}`.
+        index: From 0 without gaps; counts on across attempts.
+        attempt: Which start of the run wrote it, from 1.
+        type: The AG-UI event type, such as `TEXT_MESSAGE_CONTENT`.
+        content: The text of a content event; other events as compact JSON.
+    """
+
+    id: Key
+    generation_id: str
+    index: int = Field(ge=0)
+    attempt: int = 1
+    type: str
+    content: str = ""
+
+
+class CancelRequest(Row):
+    """Asks an agent to stop what it does in this session. A row, so it survives crashes."""
+
+    id: Key = Field(default_factory=new_id)
+    agent: str
+    reason: str = ""
+    done: bool = False
+    created_at: Utc = Field(default_factory=utc_now)
+
+
+@runtime_checkable
+class ToolCallContract(Protocol):
+    """What a row needs so that an executor can run it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def args(self) -> Any: ...
+
+
+@runtime_checkable
+class GenerationContract(Protocol):
+    """What a row needs so that a generation effect can run it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+
+
+@runtime_checkable
+class ChunkContract(Protocol):
+    """What a row needs so that a stream can be replayed from it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def generation_id(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+
+
+DEFAULT_ROW_TYPES: Mapping[str, type[Row]] = {
+    "messages": AgentMessage,
+    "tool_calls": ToolCall,
+    "generations": Generation,
+    "cancel_requests": CancelRequest,
+}
+"""Row types of the collections that every session has, by collection name."""

@@ -1,0 +1,1 @@
+"""Rows become commits: planning, the log on disk, feeds, and the actor that owns them."""

@@ -1,0 +1,370 @@
+"""What may be asked of a store and what comes of it, as values. No I/O, no clock, no Ray.
+
+Everything here crosses processes as MessagePack arrays: position is meaning, so fields are only
+ever added at the end.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any, TypeAlias, cast
+
+import msgspec
+
+from aidb_ray.errors import (
+    AidbError,
+    ConflictError,
+    ContractError,
+    FencedError,
+    KeyExistsError,
+    KeyMissingError,
+    UnavailableError,
+)
+
+BUCKETS = 4096
+MAX_BATCH_COMMITS = 4_096
+MAX_BATCH_BYTES = 1 << 20
+MAX_ROW_BYTES = 2 << 20
+CHUNKS = "chunks"
+"""Collection whose rows are chunks: they live in chunk batches, not among the rows."""
+
+
+def bucket_of(session: str) -> int:
+    """Return the bucket of a session, 0 to 4095, the same in every process and for ever."""
+    return int.from_bytes(blake2b(session.encode(), digest_size=8).digest(), "big") % BUCKETS
+
+
+class Insert(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """Add a row; refused if the key is present. `value` is the row as JSON, wire names."""
+
+    session: str
+    collection: str
+    key: str
+    value: bytes
+
+
+class Update(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """Replace the row that revision `base` wrote; refused if another revision wrote it since."""
+
+    session: str
+    collection: str
+    key: str
+    value: bytes
+    base: int
+
+
+class Delete(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """Remove the row that revision `base` wrote; 0 removes whatever is there."""
+
+    session: str
+    collection: str
+    key: str
+    base: int = 0
+
+
+class Append(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """Add chunks to one generation's stream; refused unless `index` is the next one.
+
+    Attributes:
+        index: Index of the first chunk.
+        start: Where the chunks begin in the batch's chunk columns.
+        count: How many there are; 0 only to close a stream.
+        types: Names of chunk types, by code minus 200, that are no AG-UI event types.
+        closes: How the stream ended (`finished`, `raised`, `cancelled`), `""` if it goes on.
+    """
+
+    session: str
+    generation_id: str
+    attempt: int
+    index: int
+    start: int
+    count: int
+    types: tuple[str, ...] = ()
+    closes: str = ""
+
+
+class ClaimBuckets(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """Make the sender the one runner of `agent` for the buckets `low` (incl.) to `high` (excl.).
+
+    The revision of this commit is the epoch; earlier holders are refused from then on.
+    """
+
+    agent: str
+    low: int
+    high: int
+
+
+Mutation: TypeAlias = Insert | Update | Delete | Append | ClaimBuckets
+
+
+class Runner(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """On whose behalf a commit is made; refused unless it holds every session's bucket."""
+
+    agent: str
+    epoch: int
+
+
+class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Mutations that become durable and visible together, or not at all."""
+
+    mutations: tuple[Mutation, ...]
+    runner: Runner | None = None
+
+
+class ChunkColumns(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Chunks as the buffers of two Arrow columns.
+
+    Attributes:
+        types: One type code a chunk (uint8).
+        ends: End of each payload in `payload` (int32, little endian), without the leading 0.
+        payload: The payloads, one after the other, UTF-8.
+    """
+
+    types: bytes
+    ends: bytes
+    payload: bytes
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """What a client sends in one call: commits numbered `first_seq`, `first_seq + 1`, ..."""
+
+    client_id: int
+    first_seq: int
+    commits: list[Commit]
+    chunks: ChunkColumns | None = None
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """Why a commit was refused. Nothing of it was applied."""
+
+    reason: str
+    collection: str = ""
+    key: str = ""
+    current: bytes | None = None
+    revision: int = 0
+    expected: int = 0
+    got: int = 0
+
+    def to_error(self) -> AidbError:
+        """Return the error to raise for the caller."""
+        row = f"{self.collection}[{self.key!r}]"
+        match self.reason:
+            case "exists":
+                return KeyExistsError(
+                    f"{row} exists already. Update it, or insert under another key.",
+                    collection=self.collection,
+                    key=self.key,
+                )
+            case "missing":
+                return KeyMissingError(
+                    f"{row} does not exist. Insert it first.",
+                    collection=self.collection,
+                    key=self.key,
+                )
+            case "conflict":
+                current = None if self.current is None else msgspec.json.decode(self.current)
+                return ConflictError(
+                    f"{row} was changed by revision {self.revision} meanwhile. "
+                    f"Look at `current` and decide again.",
+                    collection=self.collection,
+                    key=self.key,
+                    current=cast("dict[str, Any] | None", current),
+                    revision=self.revision,
+                )
+            case "fenced":
+                return FencedError(
+                    resource=self.key, our_epoch=self.got, current_epoch=self.expected
+                )
+            case "sequence_gap":
+                return ConflictError(
+                    f"Chunk {self.got} of {self.key!r} came where chunk {self.expected} is next.",
+                    code="sequence_gap",
+                    collection=CHUNKS,
+                    key=self.key,
+                )
+            case "stream_closed":
+                return ConflictError(
+                    f"The chunk stream of {self.key!r} has ended; start a new generation.",
+                    code="stream_closed",
+                    collection=CHUNKS,
+                    key=self.key,
+                )
+            case "too_large":
+                return ContractError(
+                    f"{row} has {self.got} bytes; {self.expected} are allowed.",
+                    code="row_too_large",
+                    collection=self.collection,
+                    key=self.key,
+                )
+            case reason:
+                return UnavailableError(
+                    f"The store refused the commit: {reason}.", outcome="not_applied", code=reason
+                )
+
+
+class Committed(msgspec.Struct, frozen=True, array_like=True):
+    """What a store answers to a `Batch`, once it is durable.
+
+    Accepted commits got consecutive revisions from `first_revision` on; `refused` names the
+    others by their place in the batch.
+    """
+
+    first_revision: int
+    epoch: int
+    refused: list[tuple[int, Refusal]] = []
+
+
+class Change(msgspec.Struct, frozen=True, array_like=True):
+    """One row after a commit; `value` is None when the row is gone.
+
+    For the collection `chunks`, `key` is the generation's id and `value` an encoded
+    `ChunkSlice`.
+    """
+
+    revision: int
+    session: str
+    collection: str
+    key: str
+    value: bytes | None
+
+
+class ChunkSlice(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive chunks of one generation."""
+
+    generation_id: str
+    attempt: int
+    index: int
+    columns: ChunkColumns
+    types: tuple[str, ...] = ()
+    closes: str = ""
+
+
+class Filter(msgspec.Struct, frozen=True, array_like=True):
+    """Which rows a reader wants: a collection, perhaps narrowed. A row must meet every part.
+
+    Attributes:
+        session: Exactly this session; None for any.
+        prefix: Sessions that begin so.
+        buckets: Bucket range, low (incl.) to high (excl.).
+        where: Wire field and the values it may have. Only strings, integers and booleans.
+    """
+
+    collection: str
+    session: str | None = None
+    prefix: str = ""
+    buckets: tuple[int, int] | None = None
+    where: tuple[tuple[str, tuple[str | int | bool, ...]], ...] = ()
+
+    def covers(self, session: str, bucket: int) -> bool:
+        """Whether rows of this session may pass."""
+        if self.session is not None:
+            return session == self.session
+        if self.prefix and not session.startswith(self.prefix):
+            return False
+        return self.buckets is None or self.buckets[0] <= bucket < self.buckets[1]
+
+    def accepts(self, fields: dict[str, Any]) -> bool:
+        """Whether a row with these fields passes `where`."""
+        return all(fields.get(name) in allowed for name, allowed in self.where)
+
+
+class StoredRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row as kept: the revision that wrote it, and its JSON."""
+
+    revision: int
+    value: bytes
+
+
+class FoundRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row as read: where it is, the revision that wrote it, and its JSON."""
+
+    session: str
+    key: str
+    revision: int
+    value: bytes
+
+
+class ReadRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Ask for rows. `after` is the (session, key) that the previous page ended with."""
+
+    filter: Filter
+    key: str | None = None
+    after: tuple[str, str] | None = None
+    max_bytes: int = 4 << 20
+
+
+class RowPage(msgspec.Struct, frozen=True, array_like=True):
+    """Rows in order of (session, key).
+
+    Attributes:
+        revision: Latest applied revision when reading began.
+        more: Whether another page follows.
+        latest: Latest applied revision when reading ended.
+    """
+
+    revision: int
+    rows: list[FoundRow]
+    more: bool = False
+    latest: int = 0
+
+
+class PollRequest(msgspec.Struct, frozen=True, array_like=True):
+    """Ask for the changes after revision `after`; waits up to `wait_ms` for the first.
+
+    Attributes:
+        feed_id: Names the reader's feed, so that `release_poll` finds a waiting poll.
+        generation: The store generation that the reader's cursor belongs to.
+    """
+
+    feed_id: str
+    generation: str
+    after: int
+    filters: tuple[Filter, ...]
+    wait_ms: int = 0
+
+
+class Changes(msgspec.Struct, frozen=True, array_like=True):
+    """Every change that a reader asked for in the revisions `after` + 1 to `through`.
+
+    Attributes:
+        lost: Oldest revision that can still be told, when `after` is older: start anew.
+        retry_after_ms: Above 0 when the store holds too many polls: ask again that much later.
+    """
+
+    generation: str
+    through: int
+    latest: int
+    changes: list[Change] = []
+    lost: int = 0
+    retry_after_ms: int = 0
+
+
+class ChunkRead(msgspec.Struct, frozen=True, array_like=True):
+    """Ask for a generation's stored chunks from `index` on."""
+
+    session: str
+    generation_id: str
+    index: int = 0
+    max_bytes: int = 4 << 20
+
+
+class ChunkPage(msgspec.Struct, frozen=True, array_like=True):
+    """Stored slices of one generation, in order; `next_index` follows the last stored chunk."""
+
+    revision: int
+    slices: list[ChunkSlice]
+    next_index: int
+    closes: str = ""
+    more: bool = False
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_batch = msgspec.msgpack.Decoder(Batch).decode
+decode_committed = msgspec.msgpack.Decoder(Committed).decode
+decode_read = msgspec.msgpack.Decoder(ReadRequest).decode
+decode_page = msgspec.msgpack.Decoder(RowPage).decode
+decode_poll = msgspec.msgpack.Decoder(PollRequest).decode
+decode_changes = msgspec.msgpack.Decoder(Changes).decode
+decode_chunk_read = msgspec.msgpack.Decoder(ChunkRead).decode
+decode_chunk_page = msgspec.msgpack.Decoder(ChunkPage).decode
+decode_slice = msgspec.msgpack.Decoder(ChunkSlice).decode

@@ -1,0 +1,328 @@
+"""One process's way to one partition: coalesces commits, numbers them, shares one feed.
+
+All commits made while a call is in flight go together in the next one. The pump owns the call:
+cancelling a caller only stops its waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from aidb_ray.errors import AidbError, UnavailableError
+from aidb_ray.runtime import ActorRef
+from aidb_ray.store import changes as wire
+from aidb_ray.store.actor import StoreActor, StoreStatus
+from aidb_ray.store.changes import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_COMMITS,
+    Append,
+    Batch,
+    ChunkColumns,
+    ChunkPage,
+    ChunkRead,
+    Commit,
+    Committed,
+    Delete,
+    Filter,
+    FoundRow,
+    Insert,
+    Mutation,
+    ReadRequest,
+    RowPage,
+    Runner,
+    Update,
+)
+from aidb_ray.store.columns import EMPTY
+from aidb_ray.store.subscription import FeedReader
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_COMMITS = 200_000
+MAX_QUEUED_BYTES = 256 << 20
+CALL_TIMEOUT_MS = 30_000
+GIVE_UP_MS = 120_000
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+
+_BytesMethod: TypeAlias = Callable[[StoreActor, bytes], Awaitable[bytes]]
+
+
+class _Waiting(NamedTuple):
+    """A commit in the queue: what it asks, its chunks, and who waits for its revision."""
+
+    commit: Commit
+    chunks: ChunkColumns
+    size: int
+    done: asyncio.Future[int]
+
+
+class StoreClient:
+    """Commits to and reads from one partition; belongs to one event loop.
+
+    A commit is sent again until its outcome is known: the store answers a batch that it has
+    applied before without applying it again, even after a restart. After `give_up_ms` without an
+    answer the callers get `UnavailableError`, outcome `unknown`.
+    """
+
+    def __init__(self, ref: ActorRef[StoreActor], *, give_up_ms: int = GIVE_UP_MS) -> None:
+        self._ref = ref.with_timeout(CALL_TIMEOUT_MS)
+        self._give_up_ms = give_up_ms
+        self._client_id = 0
+        self._superseded = 0
+        self._next_seq = 1
+        self._queue: deque[_Waiting] = deque()
+        self._queued_bytes = 0
+        self._pumping: asyncio.Task[None] | None = None
+        self.feed = FeedReader(self._ref)
+
+    def commit(
+        self,
+        mutations: Sequence[Mutation],
+        *,
+        chunks: ChunkColumns = EMPTY,
+        runner: Runner | None = None,
+    ) -> asyncio.Future[int]:
+        """Send mutations as one commit; the future gives its revision once it is durable.
+
+        Commits of one client are applied in the order of these calls. `Append.start` counts in
+        `chunks`. Nobody need await the future; a failure nobody looks at is logged by the loop.
+
+        Raises:
+            UnavailableError: `overloaded`, not applied: too much waits to be sent already.
+            AidbError: (from the future) the commit was refused, or its outcome is unknown.
+        """
+        size = 96 + sum(_size(mutation) for mutation in mutations) + len(chunks.payload)
+        if len(self._queue) >= MAX_QUEUED_COMMITS or self._queued_bytes + size > MAX_QUEUED_BYTES:
+            raise UnavailableError(
+                f"{len(self._queue)} commits wait to be sent already; await some before making "
+                f"more.",
+                outcome="not_applied",
+                code="overloaded",
+            )
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+        self._queue.append(_Waiting(Commit(tuple(mutations), runner), chunks, size, done))
+        self._queued_bytes += size
+        if self._pumping is None:
+            self._pumping = loop.create_task(self._pump())
+        return done
+
+    async def drain(self) -> None:
+        """Wait until every commit made so far has its outcome."""
+        while self._pumping is not None:
+            await asyncio.wait([self._pumping])
+
+    async def aclose(self) -> None:
+        """Wait for outstanding commits, then close the feed."""
+        await self.drain()
+        await self.feed.aclose()
+
+    # Reading.
+
+    async def find(self, session: str, collection: str, key: str) -> FoundRow | None:
+        """Return one row as the store has it now, or None."""
+        page = await self._read(ReadRequest(Filter(collection, session), key))
+        return page.rows[0] if page.rows else None
+
+    async def read(self, wanted: Filter) -> tuple[int, list[FoundRow]]:
+        """Return all matching rows in order of (session, key), and the revision they are as of.
+
+        Rows of several sessions, or of more than 4 MiB, may be newer than that revision.
+        """
+        first = page = await self._read(ReadRequest(wanted))
+        rows = page.rows
+        while page.more:
+            last = rows[-1]
+            page = await self._read(ReadRequest(wanted, after=(last.session, last.key)))
+            rows += page.rows
+        return first.revision, rows
+
+    async def read_chunks(self, session: str, generation_id: str, index: int = 0) -> ChunkPage:
+        """Return stored chunks of a generation from `index` on, up to 4 MiB of them."""
+        request = wire.encode(ChunkRead(session, generation_id, index))
+        return wire.decode_chunk_page(await self._ask_again(StoreActor.read_chunks, request))
+
+    async def sessions(self, prefix: str = "", *, limit: int = 1_000_000) -> list[str]:
+        """Return names of sessions that hold rows, ascending."""
+        found: list[str] = []
+        while len(found) < limit:
+            after = found[-1] if found else ""
+            page = await self._ref.ask(StoreActor.sessions, prefix, after, 10_000)
+            found += page
+            if len(page) < 10_000:
+                break
+        return found[:limit]
+
+    async def status(self) -> StoreStatus:
+        """Return how the store is doing."""
+        return await self._ref.ask(StoreActor.status)
+
+    async def _read(self, request: ReadRequest) -> RowPage:
+        raw = wire.encode(request)
+        return wire.decode_page(await self._ask_again(StoreActor.read, raw))
+
+    async def _ask_again(self, method: _BytesMethod, raw: bytes) -> bytes:
+        deadline = time.monotonic() + self._give_up_ms / 1000
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._ref.ask(method, raw)
+            except UnavailableError:
+                # Reading twice does no harm, whatever became of the first call.
+                if time.monotonic() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    # Writing.
+
+    async def _pump(self) -> None:
+        try:
+            # Whoever runs in this turn of the loop may still join the batch.
+            await asyncio.sleep(0)
+            while self._queue:
+                taken = self._take()
+                try:
+                    answer = await self._deliver(taken)
+                except AidbError as error:
+                    _fail(taken, error)
+                except asyncio.CancelledError:
+                    _fail(taken, _unknown("the event loop is closing"))
+                    raise
+                else:
+                    self._next_seq += len(taken)
+                    _settle(taken, answer)
+        finally:
+            self._pumping = None
+
+    def _take(self) -> list[_Waiting]:
+        queue = self._queue
+        taken: list[_Waiting] = []
+        size = 0
+        while queue and len(taken) < MAX_BATCH_COMMITS:
+            if taken and size + queue[0].size > MAX_BATCH_BYTES:
+                break
+            waiting = queue.popleft()
+            size += waiting.size
+            taken.append(waiting)
+        self._queued_bytes -= size
+        return taken
+
+    async def _deliver(self, taken: list[_Waiting]) -> Committed:
+        deadline = time.monotonic() + self._give_up_ms / 1000
+        pause = _FIRST_PAUSE_S
+        may_be_applied = False
+        raw = b""
+        while True:
+            try:
+                if not self._client_id:
+                    await self._register()
+                    raw = b""
+                raw = raw or self._encode(taken)
+                return wire.decode_committed(await self._ref.ask_shielded(StoreActor.commit, raw))
+            except UnavailableError as error:
+                if error.code == "unknown_client":
+                    self._superseded, self._client_id = self._client_id, 0
+                    if may_be_applied:
+                        raise _unknown("the store has forgotten this client") from error
+                    continue
+                may_be_applied = may_be_applied or error.outcome == "unknown"
+                if time.monotonic() + pause > deadline:
+                    if may_be_applied:
+                        # Registering anew fences whatever of it may still be on its way.
+                        self._superseded, self._client_id = self._client_id, 0
+                        raise _unknown(str(error)) from error
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    async def _register(self) -> None:
+        client_id, _, _ = await self._ref.ask_shielded(StoreActor.register, self._superseded)
+        self._client_id, self._superseded, self._next_seq = client_id, 0, 1
+
+    def _encode(self, taken: list[_Waiting]) -> bytes:
+        commits, chunks = _join(taken)
+        return wire.encode(Batch(self._client_id, self._next_seq, commits, chunks))
+
+
+def _join(taken: list[_Waiting]) -> tuple[list[Commit], ChunkColumns | None]:
+    """Return the commits with their chunks joined into one set of columns."""
+    if not any(waiting.chunks.types for waiting in taken):
+        return [waiting.commit for waiting in taken], None
+    commits: list[Commit] = []
+    types: list[bytes] = []
+    payload: list[bytes] = []
+    ends = array("i")
+    count = size = 0
+    for waiting in taken:
+        commit, chunks = waiting.commit, waiting.chunks
+        if chunks.types:
+            if count:
+                moved = tuple(_move(mutation, count) for mutation in commit.mutations)
+                commit = Commit(moved, commit.runner)
+                ends.extend([size + end for end in memoryview(chunks.ends).cast("i")])
+            else:
+                ends.frombytes(chunks.ends)
+            types.append(chunks.types)
+            payload.append(chunks.payload)
+            count += len(chunks.types)
+            size += len(chunks.payload)
+        commits.append(commit)
+    return commits, ChunkColumns(b"".join(types), ends.tobytes(), b"".join(payload))
+
+
+def _move(mutation: Mutation, by: int) -> Mutation:
+    if isinstance(mutation, Append):
+        return msgspec.structs.replace(mutation, start=mutation.start + by)
+    return mutation
+
+
+def _size(mutation: Mutation) -> int:
+    match mutation:
+        case Insert() | Update():
+            return len(mutation.value) + len(mutation.session) + len(mutation.key) + 32
+        case Delete():
+            return len(mutation.session) + len(mutation.key) + 32
+        case _:
+            return 128
+
+
+def _settle(taken: list[_Waiting], answer: Committed) -> None:
+    revision = answer.first_revision
+    if not answer.refused:
+        for waiting in taken:
+            if not waiting.done.done():
+                waiting.done.set_result(revision)
+            revision += 1
+        return
+    refused = dict(answer.refused)
+    for index, waiting in enumerate(taken):
+        refusal = refused.get(index)
+        if refusal is None:
+            if not waiting.done.done():
+                waiting.done.set_result(revision)
+            revision += 1
+        elif not waiting.done.done():
+            waiting.done.set_exception(refusal.to_error())
+
+
+def _fail(taken: list[_Waiting], error: AidbError) -> None:
+    for waiting in taken:
+        if not waiting.done.done():
+            waiting.done.set_exception(error)
+
+
+def _unknown(why: str) -> UnavailableError:
+    return UnavailableError(
+        f"It is not known whether the commit was applied: {why}. Read back before sending it "
+        f"again.",
+        outcome="unknown",
+        code="unknown_outcome",
+    )

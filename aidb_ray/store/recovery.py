@@ -1,0 +1,233 @@
+"""Recovery: what of a log may be believed when it is opened. Reads only; decides, changes nothing.
+
+The rule: damage is never taken for "was not written". The end of the log is cut only where a
+crash must have torn the last write, which is never one that was acknowledged.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from aidb_ray.errors import CorruptionError
+from aidb_ray.store.files import FileSystem
+from aidb_ray.store.frames import (
+    HEADER_SIZE,
+    FrameHeader,
+    FrameKind,
+    is_torn_header,
+    is_torn_payload,
+)
+from aidb_ray.store.segments import (
+    Position,
+    SegmentHead,
+    SegmentReader,
+    SegmentWalk,
+    Tail,
+    read_head,
+    segment_numbers,
+    segment_path,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a log holds.
+
+    Attributes:
+        heads: All segments, oldest first.
+        tail: Where the log goes on, in the last segment.
+        unproven: The last frame, if nothing shows that it had reached the disk. It validates,
+            but may so far be in memory only, so it has to be written anew before it is served.
+        torn_bytes: How many bytes of a torn write lie behind the last good frame.
+        is_sealed: Whether the segment before the last one carries its seal.
+    """
+
+    heads: tuple[SegmentHead, ...]
+    tail: Tail
+    unproven: UnprovenFrame | None
+    torn_bytes: int
+    is_sealed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnprovenFrame:
+    """A frame to be written anew: its header, its payload, and what it continues."""
+
+    header: FrameHeader
+    payload: bytes
+    before: Tail
+
+
+def read_heads(files: FileSystem, directory: Path, salt: int) -> tuple[SegmentHead, ...]:
+    """Read the heads of all segments, which must be numbered without a gap."""
+    numbers = segment_numbers(files.names(directory))
+    if not numbers:
+        raise CorruptionError(
+            f"All segments are missing from {str(directory)!r}. Restore them; nothing was changed.",
+            file=str(directory),
+            offset=0,
+            first_revision=1,
+        )
+    heads: list[SegmentHead] = []
+    for number in range(numbers[0], numbers[-1] + 1):
+        path = segment_path(directory, number)
+        try:
+            with SegmentReader(files, path, number, salt) as reader:
+                heads.append(read_head(reader))
+        except FileNotFoundError:
+            raise CorruptionError(
+                f"Segment {str(path)!r} is missing. Restore it; nothing was changed.",
+                file=str(path),
+                offset=0,
+                first_revision=heads[-1].next_revision,
+            ) from None
+    return tuple(heads)
+
+
+def first_needed(heads: tuple[SegmentHead, ...], after: int) -> int:
+    """Return the index of the segment that holds the first frame after revision `after`.
+
+    A frame without commits bears the number of the next one, so a segment is not needed only if
+    its successor begins at or below `after`.
+    """
+    return max((at for at, head in enumerate(heads) if head.next_revision <= after), default=0)
+
+
+def recover(
+    files: FileSystem, directory: Path, salt: int, *, after: int, watermark: Position
+) -> Recovered:
+    """Check all frames after revision `after` and find the end of the log.
+
+    Args:
+        after: Revision of the snapshot that stands for what came before, 0 if there is none.
+        watermark: Up to where the log is known from elsewhere to have been durable.
+
+    Raises:
+        CorruptionError: bytes are damaged or missing that a crash cannot account for.
+    """
+    heads = read_heads(files, directory, salt)
+    if heads[0].number > 0 and heads[0].next_revision > after:
+        path = segment_path(directory, heads[0].number - 1)
+        raise CorruptionError(
+            f"Segment {str(path)!r} is missing, and no snapshot stands for it. Restore it; nothing "
+            f"was changed.",
+            file=str(path),
+            offset=0,
+            first_revision=after + 1,
+            last_revision=heads[0].next_revision - 1,
+        )
+    start = first_needed(heads, after)
+    for head, successor in zip(heads[start:], heads[start + 1 :], strict=False):
+        _check_closed(files, directory, salt, head, successor)
+    return _recover_last(files, directory, salt, heads, watermark)
+
+
+def _check_closed(
+    files: FileSystem, directory: Path, salt: int, head: SegmentHead, successor: SegmentHead
+) -> None:
+    path = segment_path(directory, head.number)
+    with SegmentReader(files, path, head.number, salt) as reader:
+        walk = SegmentWalk(reader, head, successor.prev_end)
+        for _ in walk:
+            pass
+    tail = walk.tail
+    expected = (successor.prev_end, successor.next_revision - 1, successor.prev_chain)
+    if (tail.offset, tail.revision, tail.chain) != expected:
+        raise CorruptionError(
+            f"{str(path)!r} is damaged at byte {tail.offset}: "
+            f"{walk.problem or 'it does not end where the next segment begins'}. Revisions "
+            f"{tail.revision + 1} to {successor.next_revision - 1} may be affected. Nothing was "
+            f"changed.",
+            file=str(path),
+            offset=tail.offset,
+            first_revision=tail.revision + 1,
+            last_revision=successor.next_revision - 1,
+        )
+
+
+def _recover_last(
+    files: FileSystem,
+    directory: Path,
+    salt: int,
+    heads: tuple[SegmentHead, ...],
+    watermark: Position,
+) -> Recovered:
+    head = heads[-1]
+    path = segment_path(directory, head.number)
+    before = after = head.tail
+    payload = memoryview(b"")
+    with SegmentReader(files, path, head.number, salt) as reader:
+        walk = SegmentWalk(reader, head)
+        for _, _, payload in walk:
+            before, after = after, walk.tail
+        torn_bytes = _judge_end(reader, walk, watermark)
+    if walk.is_sealed or watermark.segment > head.number:
+        missing = segment_path(directory, head.number + 1)
+        raise CorruptionError(
+            f"Segment {str(missing)!r} is missing: the log is known to go on after "
+            f"{str(path)!r}. Restore it; nothing was changed.",
+            file=str(missing),
+            offset=0,
+            first_revision=walk.tail.revision + 1,
+        )
+    unproven = None
+    if walk.last is not None and Position(head.number, walk.tail.offset) > watermark:
+        unproven = UnprovenFrame(walk.last[1], bytes(payload), before)
+    return Recovered(
+        heads=heads,
+        tail=walk.tail,
+        unproven=unproven,
+        torn_bytes=torn_bytes,
+        is_sealed=len(heads) < 2 or _is_sealed(files, directory, salt, heads[-2], head),
+    )
+
+
+def _judge_end(reader: SegmentReader, walk: SegmentWalk, watermark: Position) -> int:
+    """Return how many torn bytes end the segment; raise if anything else is wrong with it."""
+    if walk.is_sealed:
+        return 0
+    offset = walk.tail.offset
+    data_end = reader.data_end(offset)
+    is_below = Position(reader.number, offset) < watermark
+    if data_end == offset and not is_below:
+        return 0
+    later = reader.find_header(offset + 8)
+    if not is_below and later is None and _is_torn(reader, walk, offset):
+        return data_end - offset
+    if later is None:
+        last_revision = walk.broken.next_revision - 1 if walk.broken else 0
+    else:
+        last_revision = later[1].first_revision - 1
+    problem = walk.problem if data_end > offset else "it is missing"
+    raise CorruptionError(
+        f"{str(reader.path)!r} is damaged at byte {offset}: {problem}. Revisions from "
+        f"{walk.tail.revision + 1} to {last_revision or 'the last'} may be affected. Nothing was "
+        f"changed.",
+        file=str(reader.path),
+        offset=offset,
+        first_revision=walk.tail.revision + 1,
+        last_revision=last_revision,
+    )
+
+
+def _is_torn(reader: SegmentReader, walk: SegmentWalk, offset: int) -> bool:
+    """Return whether the frame at `offset` is what a crash leaves of a write."""
+    if reader.header(offset) is None:
+        return is_torn_header(reader.view(offset, HEADER_SIZE), offset)
+    header = walk.broken
+    if header is None:
+        return False
+    return is_torn_payload(reader.payload(offset, header), offset + HEADER_SIZE, header)
+
+
+def _is_sealed(
+    files: FileSystem, directory: Path, salt: int, head: SegmentHead, successor: SegmentHead
+) -> bool:
+    path = segment_path(directory, head.number)
+    with SegmentReader(files, path, head.number, salt) as reader:
+        header = reader.header(successor.prev_end)
+    return header is not None and header.kind == FrameKind.SEAL
