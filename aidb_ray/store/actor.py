@@ -248,13 +248,17 @@ class StoreActor:
         )
 
     async def _open_log(self, loop: asyncio.AbstractEventLoop, began: float) -> Log:
-        from aidb_ray.store.files import RealFiles
+        from aidb_ray.store.files import FileSystem
         from aidb_ray.store.log import CommitLog, MemoryLog
 
         options = self._options
         if options.durability == "memory":
-            return MemoryLog(options.database, options.partition)
-        files = self._files or RealFiles()
+            return MemoryLog(
+                store_uuid=options.store_uuid,
+                database=options.database,
+                partition=options.partition,
+            )
+        files = self._files or FileSystem()
         wait_s = 0.02
         while True:
             try:
@@ -456,7 +460,9 @@ class StoreActor:
         if wanted.session is not None:
             if request.key is not None:
                 row = self._tables.get(wanted.session, wanted.collection, request.key)
-                found = FoundRow(wanted.session, request.key, row.revision, row.value) if row else None
+                found = (
+                    FoundRow(wanted.session, request.key, row.revision, row.value) if row else None
+                )
                 page = RowPage(self._tables.revision, [found] if found else [])
             else:
                 page = self._read_session(request, wanted.session)
@@ -499,7 +505,9 @@ class StoreActor:
         """Yield matching rows of all sessions in order of (session, key)."""
         deadline = time.monotonic() + SLICE_MS / 1000
         probe = _probe(wanted)
-        for index, row in enumerate(merge(self._resident(wanted, after), self._resting(wanted, after, probe))):
+        for index, row in enumerate(
+            merge(self._resident(wanted, after), self._resting(wanted, after, probe))
+        ):
             if index % 64 == 0 and time.monotonic() > deadline:
                 await asyncio.sleep(0)
                 deadline = time.monotonic() + SLICE_MS / 1000

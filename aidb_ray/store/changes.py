@@ -218,7 +218,7 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     """One row after a commit; `value` is None when the row is gone.
 
     For the collection `chunks`, `key` is the generation's id and `value` an encoded
-    `ChunkSlice`.
+    `ChunkSlice`. `is_new` says that there was no row before.
     """
 
     revision: int
@@ -226,6 +226,7 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     collection: str
     key: str
     value: bytes | None
+    is_new: bool = False
 
 
 class ChunkSlice(msgspec.Struct, frozen=True, array_like=True):

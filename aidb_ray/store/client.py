@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from aidb_ray.errors import AidbError, UnavailableError
+from aidb_ray.errors import AidbError, CompactedError, UnavailableError
 from aidb_ray.runtime import ActorRef
 from aidb_ray.store import changes as wire
 from aidb_ray.store.actor import StoreActor, StoreStatus
@@ -25,6 +25,7 @@ from aidb_ray.store.changes import (
     MAX_BATCH_COMMITS,
     Append,
     Batch,
+    Change,
     ChunkColumns,
     ChunkPage,
     ChunkRead,
@@ -35,6 +36,7 @@ from aidb_ray.store.changes import (
     FoundRow,
     Insert,
     Mutation,
+    PollRequest,
     ReadRequest,
     RowPage,
     Runner,
@@ -143,6 +145,28 @@ class StoreClient:
             page = await self._read(ReadRequest(wanted, after=(last.session, last.key)))
             rows += page.rows
         return first.revision, rows
+
+    async def changes_between(self, wanted: Filter, after: int, through: int) -> list[Change]:
+        """Return the changes of the revisions `after` + 1 to `through`, in order.
+
+        Raises:
+            CompactedError: `after` is older than what the store can still tell.
+        """
+        found: list[Change] = []
+        cursor = after
+        while cursor < through:
+            request = PollRequest("", "", cursor, (wanted,))
+            raw = await self._ask_again(StoreActor.poll, wire.encode(request))
+            answer = wire.decode_changes(raw)
+            if answer.lost:
+                raise CompactedError(
+                    f"Changes after revision {cursor} are not kept any more; the oldest cursor "
+                    f"that can be served is {answer.lost}.",
+                    oldest=answer.lost,
+                )
+            found += [change for change in answer.changes if change.revision <= through]
+            cursor = answer.through
+        return found
 
     async def read_chunks(self, session: str, generation_id: str, index: int = 0) -> ChunkPage:
         """Return stored chunks of a generation from `index` on, up to 4 MiB of them."""

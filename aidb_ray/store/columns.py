@@ -83,11 +83,11 @@ def to_arrow(parts: Sequence[ChunkColumns]) -> pa.RecordBatch:
     payloads: list[pa.Array] = []
     for part in parts:
         count = len(part.types)
-        types.append(pa.UInt8Array.from_buffers(pa.uint8(), count, [None, pa.py_buffer(part.types)]))
-        offsets = pa.py_buffer(b"\0\0\0\0" + part.ends)
-        payloads.append(
-            pa.StringArray.from_buffers(count, offsets, pa.py_buffer(part.payload))
+        types.append(
+            pa.UInt8Array.from_buffers(pa.uint8(), count, [None, pa.py_buffer(part.types)])
         )
+        offsets = pa.py_buffer(b"\0\0\0\0" + part.ends)
+        payloads.append(pa.StringArray.from_buffers(count, offsets, pa.py_buffer(part.payload)))
     if len(parts) == 1:
         return pa.record_batch([types[0], payloads[0]], schema=CHUNK_SCHEMA)
     return pa.record_batch(
@@ -110,7 +110,9 @@ def from_arrow(batch: pa.RecordBatch) -> ChunkColumns:
     first = payload.offset
     ends = memoryview(offsets).cast("b").cast("i")[first : first + count + 1]
     begin, stop = ends[0], ends[count]
-    moved = ends[1:].tobytes() if begin == 0 else array("i", [e - begin for e in ends[1:]]).tobytes()
+    moved = (
+        ends[1:].tobytes() if begin == 0 else array("i", [e - begin for e in ends[1:]]).tobytes()
+    )
     text = b"" if data is None else bytes(memoryview(data)[begin:stop])
     del pa
     return ChunkColumns(bytes(memoryview(codes)[types.offset : types.offset + count]), moved, text)

@@ -1,10 +1,10 @@
 """The data directory of one partition: whose it is, who has it open, and where things lie.
 
-    META    whose data this is, how often it was opened, how far it is known to be durable
-    LOCK    held by the process that has it open; never removed
-    RESERVE space given up when the disk is full, so that recovery and snapshots have room
-    log/    segments
-    snap/   snapshots
+META    whose data this is, how often it was opened, how far it is known to be durable
+LOCK    held by the process that has it open; never removed
+RESERVE space given up when the disk is full, so that recovery and snapshots have room
+log/    segments
+snap/   snapshots
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import os
 import socket
 import weakref
 import zlib
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -127,6 +128,13 @@ class StoreDirectory:
         body = json.dumps(asdict(meta), sort_keys=True).encode()
         replace_file(self.files, self._meta, b"%08x %s\n" % (zlib.crc32(body), body))
 
+    def remove_drafts(self) -> None:
+        """Remove what a crash left unfinished: it never got the name under which it counts."""
+        for directory in (self.path, self.log, self.snapshots):
+            for name in self.files.names(directory):
+                if name.endswith(".tmp"):
+                    self.files.unlink(directory / name)
+
 
 def _parse_meta(data: bytes, path: Path) -> Meta:
     body = data[9:-1]
@@ -204,15 +212,19 @@ class DirectoryLock:
         self._files = files
         self._fd: int | None = files.open_lock(path / "LOCK")
         try:
-            if not files.lock(self._fd):
-                raise self._busy(self._fd, path)
-            owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-            files.truncate(self._fd, 0)
-            files.write(self._fd, owner, 0)
+            self._take(self._fd, path)
         except BaseException:
             self.release()
             raise
         _held.add(self)
+
+    def _take(self, fd: int, path: Path) -> None:
+        if not self._files.lock(fd):
+            raise self._busy(fd, path)
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        with suppress(OSError):  # A full disk must not keep the store from being read.
+            self._files.truncate(fd, 0)
+            self._files.write(fd, owner, 0)
 
     def _busy(self, fd: int, path: Path) -> StoreLockedError:
         pid, host = 0, ""
@@ -279,14 +291,3 @@ def storage_error(error: OSError, doing: str, path: Path) -> StorageError:
         )
     name = errno.errorcode.get(error.errno or 0, "unknown")
     return StorageError(f"{name} while {doing} {str(path)!r}: {error.strerror}.", code="io_error")
-
-
-def opened(meta: Meta, *, epoch: int, segment: int, offset: int, revision: int) -> Meta:
-    """Return META for a log that is durable up to a place."""
-    return replace(
-        meta,
-        epoch=epoch,
-        durable_segment=segment,
-        durable_offset=offset,
-        durable_revision=revision,
-    )

@@ -108,9 +108,7 @@ class Feed:
         start = bisect_right(self._revisions, after, self._first)
         return any(interest.wants(entry) for entry in self._entries[start:])
 
-    def collect(
-        self, interest: Interest, after: int, max_bytes: int
-    ) -> tuple[int, list[Change]]:
+    def collect(self, interest: Interest, after: int, max_bytes: int) -> tuple[int, list[Change]]:
         """Return a new cursor and the wanted changes between `after` and it, in order.
 
         A commit is never split, so one larger than `max_bytes` comes whole.

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 from pathlib import Path
 
 # A disk quota, a file size limit and a full disk call for one reaction: undo, tell, try later.
@@ -93,7 +94,7 @@ class FileSystem:
         After an error nothing may be assumed about it, and the call must not be repeated: the
         kernel may have marked the lost pages clean.
         """
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync leaves the data in the drive's cache.
+        if sys.platform == "darwin":  # Its fsync leaves the data in the cache of the drive.
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
             os.fdatasync(fd)

@@ -7,6 +7,9 @@ the frame before, so a frame that vanished, moved or came back is seen by its su
 payload holds Arrow batches and is never parsed before its checksum was verified: Arrow has none.
 """
 
+# The stubs of pyarrow leave parts of many overloads unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import struct
@@ -36,7 +39,6 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 
-_ROW_TYPES = tuple(field.type for field in ROW_SCHEMA)
 _CHECKED = struct.Struct("<4sBBHIIQQQIIII")  # All that the header's checksum covers.
 _HEADER = struct.Struct("<4sBBHIIQQQIIIII4s")
 _PLACE = struct.Struct("<QQ")
@@ -144,10 +146,9 @@ def encode_frame(
     prev_chain: int,
     lies_at: int | None = None,
 ) -> tuple[bytes, int]:
-    """Return the bytes of a frame and its chain value, for one place only.
+    """Return the bytes of a frame and its chain value, valid in one place only.
 
-    Args:
-        lies_at: Where the bytes will lie if that is not `offset`, the place they stand for.
+    The place is `offset` in `segment`; a compacted frame keeps it and `lies_at` another.
     """
     where = (offset if lies_at is None else lies_at) + HEADER_SIZE
     checked = _CHECKED.pack(
@@ -232,21 +233,25 @@ def is_torn_payload(data: bytes | memoryview, offset: int, header: FrameHeader) 
 def encode_payload(frame: Frame) -> bytes:
     """Return the payload of a data frame."""
     rows = frame.rows
-    columns: Sequence[Sequence[object]] = (
-        rows.revisions,
-        rows.ops,
-        rows.sessions,
-        rows.collections,
-        rows.keys,
-        rows.values,
-    )
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, _ROW_TYPES, strict=True)]
+    arrays = [
+        pa.array(rows.revisions, pa.int64()),
+        pa.array(rows.ops, pa.uint8()),
+        pa.array(rows.sessions, pa.utf8()),
+        pa.array(rows.collections, pa.utf8()),
+        pa.array(rows.keys, pa.utf8()),
+        pa.array(rows.values, pa.binary()),
+    ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA).serialize()
     if frame.chunks is None:
         return join_payload(batch, b"")
     if frame.chunks.schema != CHUNK_SCHEMA:
         raise ValueError(f"chunks must have the schema {CHUNK_SCHEMA}, not {frame.chunks.schema}")
     return join_payload(batch, frame.chunks.serialize())
+
+
+def joined_size(rows: int, chunks: int) -> int:
+    """Return the size of a payload of two serialized batches of these sizes."""
+    return _LENGTHS.size + rows + chunks + len(_PAYLOAD_END)
 
 
 def join_payload(rows: bytes | pa.Buffer, chunks: bytes | pa.Buffer) -> bytes:

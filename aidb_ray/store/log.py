@@ -11,53 +11,50 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
 
-from aidb_ray.errors import CorruptionError, StorageError, StoreMismatchError
+from aidb_ray.errors import CompactedError, CorruptionError, StoreMismatchError
+from aidb_ray.store.compaction import ChunkIndex, keep_chunks
 from aidb_ray.store.directory import (
     DirectoryLock,
     Meta,
     SpaceReserve,
     StoreDirectory,
     create_directory,
-    opened,
     storage_error,
 )
-from aidb_ray.store.files import FileSystem, is_full, write_all
+from aidb_ray.store.files import FileSystem, is_full
 from aidb_ray.store.frames import (
+    CHUNK_SCHEMA,
     HEADER_SIZE,
     Frame,
     FrameHeader,
-    FrameKind,
     Rows,
     decode_chunks,
     decode_header,
     decode_rows,
-    encode_frame,
     encode_payload,
-    frame_size,
     is_intact,
     split_payload,
 )
 from aidb_ray.store.recovery import Recovered, first_needed, recover
 from aidb_ray.store.segments import (
-    FIRST_READ_BYTES,
-    HEAD_BYTES,
-    SEAL_BYTES,
     Position,
     SegmentHead,
     SegmentReader,
     SegmentWalk,
     Tail,
+    chunks_path,
     create_segment,
     encode_head,
-    encode_seal,
-    read_head,
     segment_path,
 )
+from aidb_ray.store.snapshots import Snapshot, Snapshots, SnapshotWriter
+from aidb_ray.store.writer import LogWriter
 
 __all__ = [
     "CommitLog",
@@ -66,6 +63,8 @@ __all__ = [
     "MemoryLog",
     "Position",
     "Rows",
+    "Snapshot",
+    "SnapshotWriter",
     "create_store",
 ]
 
@@ -74,6 +73,9 @@ logger = logging.getLogger(__name__)
 _GROUP_FRAMES: Final = 256
 _GROUP_BYTES: Final = 4 << 20
 _CACHE_BYTES: Final = 16 << 20
+_FIRST_READ_BYTES: Final = 16 << 10
+_CACHED_INDEXES: Final = 8
+_NO_CHUNKS: Final = pa.RecordBatch.from_pylist([], schema=CHUNK_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def create_store(
     try:
         home = create_directory(directory, files, meta)
         nothing = Tail(0, 0, 0, meta.salt)
-        head = encode_head(0, prev_end=0, salt=meta.salt, epoch=0, tail=nothing)
+        head, _ = encode_head(0, prev_end=0, salt=meta.salt, epoch=0, tail=nothing)
         files.close(create_segment(files, home.log, 0, head, 0))
         # META makes it a store, so it comes last.
         home.write_meta(meta)
@@ -123,12 +125,11 @@ def create_store(
 class CommitLog:
     """The durable log of one partition, held by one process at a time.
 
-    Every method blocks on the disk. `append` is called by one thread at a time; reading may go
-    on in others meanwhile.
+    Every method blocks on the disk. `append` is called by one thread at a time; others may read
+    meanwhile.
 
     Attributes:
         torn_bytes: What opening cut from the end: a write that a crash had torn.
-        revision: Last revision that is durable.
     """
 
     def __init__(
@@ -136,27 +137,22 @@ class CommitLog:
         home: StoreDirectory,
         lock: DirectoryLock,
         meta: Meta,
+        writer: LogWriter,
+        snapshots: Snapshots,
         *,
-        segment_bytes: int,
-        reserve: SpaceReserve,
+        torn_bytes: int,
         filesystem_type: str,
     ) -> None:
         self._home = home
         self._files = home.files
-        self._lock = lock
+        self._lock: DirectoryLock | None = lock
         self._meta = meta
-        self._salt = meta.salt
-        self._segment_bytes = segment_bytes
-        self._reserve = reserve
-        self._heads: tuple[SegmentHead, ...] = ()
-        self._tail = Tail(0, 0, 0, 0)
-        self._fd = -1
-        self._allocated = 0
-        self._next: tuple[SegmentHead, int] | None = None
-        self._failure: StorageError | None = None
+        self._writer = writer
+        self._snapshots = snapshots
+        self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
         self._cache = ChunkCache(_CACHE_BYTES)
         self._stats = LogStats(filesystem_type=filesystem_type)
-        self.torn_bytes = 0
+        self.torn_bytes = torn_bytes
 
     @classmethod
     def open(
@@ -168,7 +164,7 @@ class CommitLog:
         segment_bytes: int = 64 << 20,
         reserve_bytes: int = 64 << 20,
     ) -> CommitLog:
-        """Take the lock, check what is there and make the end of the log safe to write after.
+        """Take the lock, check what is there, and make the end of the log safe to write after.
 
         Never creates a store and never removes a byte that was acknowledged.
 
@@ -177,35 +173,85 @@ class CommitLog:
             StoreMismatchError: there is no store, or it is another one.
             CorruptionError: damage, with its place and revisions; nothing was changed.
             StorageFullError: no space to make the end safe.
+            StorageError: the disk failed.
             ConfigError: the place is a link, or on a network file system.
         """
         home = StoreDirectory(directory, files)
+        lock: DirectoryLock | None = None
         try:
             filesystem_type = home.check()
             lock = DirectoryLock(directory, files)
-        except OSError as error:
-            raise storage_error(error, "opening", directory) from error
-        try:
             meta = home.read_meta()
-            if expected_uuid is not None and meta.store_uuid != expected_uuid:
-                raise StoreMismatchError(
-                    f"{str(directory)!r} holds store {meta.store_uuid}, not {expected_uuid}. Name "
-                    f"the right directory; nothing was changed."
-                )
+            _check_identity(meta, expected_uuid, directory)
+            reserve = SpaceReserve(directory, files, reserve_bytes)
+            return cls._recover(home, lock, meta, segment_bytes, reserve, filesystem_type)
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise storage_error(error, "opening", directory) from error
+            raise
+
+    @classmethod
+    def _recover(
+        cls,
+        home: StoreDirectory,
+        lock: DirectoryLock,
+        meta: Meta,
+        segment_bytes: int,
+        reserve: SpaceReserve,
+        filesystem_type: str,
+    ) -> CommitLog:
+        home.remove_drafts()
+        snapshots = Snapshots(home.files, home.snapshots, meta.salt)
+        latest = snapshots.latest
+        watermark = Position(meta.durable_segment, meta.durable_offset)
+        recovered = recover(
+            home.files,
+            home.log,
+            meta.salt,
+            after=latest.revision if latest else 0,
+            watermark=max(watermark, latest.durable) if latest else watermark,
+        )
+        _check_revision(home, recovered, meta, latest)
+        if recovered.torn_bytes:
+            logger.warning(
+                "cutting %d bytes of a torn write from the end of the log",
+                recovered.torn_bytes,
+                extra={"path": str(home.path), "revision": recovered.tail.revision},
+            )
+        epoch = max(meta.epoch, recovered.heads[-1].epoch) + 1
+
+        def resume() -> LogWriter:
+            return LogWriter(
+                home.files,
+                home.log,
+                recovered,
+                salt=meta.salt,
+                epoch=epoch,
+                segment_bytes=segment_bytes,
+            )
+
+        try:
+            writer = resume()
+        except OSError as error:
+            if not is_full(error) or not reserve.give_up():
+                raise
+            writer = resume()
+        try:
             log = cls(
                 home,
                 lock,
-                meta,
-                segment_bytes=segment_bytes,
-                reserve=SpaceReserve(directory, files, reserve_bytes),
+                replace(meta, epoch=epoch),
+                writer,
+                snapshots,
+                torn_bytes=recovered.torn_bytes,
                 filesystem_type=filesystem_type,
             )
-            log._recover()
-        except OSError as error:
-            lock.release()
-            raise storage_error(error, "opening", directory) from error
+            log._note_durable()
+            reserve.restore()
         except BaseException:
-            lock.release()
+            writer.close()
             raise
         return log
 
@@ -237,16 +283,17 @@ class CommitLog:
     @property
     def revision(self) -> int:
         """Last revision that is durable."""
-        return self._tail.revision
+        return self._writer.tail.revision
 
     @property
     def stats(self) -> LogStats:
         """Counts since the log was opened."""
-        return self._stats
+        writer = self._writer
+        return replace(self._stats, fdatasyncs=writer.syncs, bytes=writer.bytes)
 
     def oldest_revision(self) -> int:
         """Return the smallest `after` that `frames` can serve."""
-        head = self._heads[0]
+        head = self._writer.heads[0]
         return head.next_revision if head.number > 0 else 0
 
     def append(self, frame: Frame) -> Position:
@@ -254,72 +301,42 @@ class CommitLog:
 
         Raises:
             StorageFullError: no space. Nothing of the frame was kept; try again later.
-            StorageError: `sync_failed`: whether the frame will survive is unknown, and the log
-                takes no more. The process must exit and open the store again.
+            StorageError: `sync_failed`: whether the frame survives is unknown, and the log takes
+                no more. The process must exit and open the store again.
         """
-        if self._failure is not None:
-            raise self._failure
-        if frame.first_revision != self._tail.revision + 1:
+        if frame.first_revision != self.revision + 1:
             raise ValueError(
-                f"a frame must begin with revision {self._tail.revision + 1}, "
-                f"not {frame.first_revision}"
+                f"a frame must begin with revision {self.revision + 1}, not {frame.first_revision}"
             )
-        payload = encode_payload(frame)
-        size = frame_size(len(payload))
-        try:
-            self._make_room(size)
-            position = Position(self._tail.segment, self._tail.offset)
-            data, chain = encode_frame(
-                FrameKind.DATA,
-                payload,
-                salt=self._salt,
-                segment=position.segment,
-                offset=position.offset,
-                first_revision=frame.first_revision,
-                commits=frame.commits,
-                rows=len(frame.rows.ops),
-                epoch=self._meta.epoch,
-                committed=self._tail.revision,
-                prev_chain=self._tail.chain,
-            )
-            self._write(data, position.offset)
-            self._sync()
-        except OSError as error:
-            raise self._undo(error) from error
-        self._tail = Tail(
-            position.segment,
-            position.offset + size,
-            frame.first_revision + frame.commits - 1,
-            chain,
-        )
+        rows = len(frame.rows.ops)
+        position = self._writer.append(encode_payload(frame), commits=frame.commits, rows=rows)
         stats = self._stats
-        self._stats = replace(
-            stats, frames=stats.frames + 1, rows=stats.rows + len(frame.rows.ops)
-        )
+        self._stats = replace(stats, frames=stats.frames + 1, rows=stats.rows + rows)
         return position
 
     def frames(self, after: int) -> Iterator[tuple[Position, Frame]]:
         """Yield every frame that has a commit after revision `after`, in order.
 
-        Frames without commits come along if they were written after it. What is appended
-        meanwhile does not.
+        Frames without commits come along if they were written after it. Frames appended
+        meanwhile do not.
 
         Raises:
-            ValueError: `after` is older than `oldest_revision()`.
-            CorruptionError: a frame is damaged; the ones before it were yielded.
+            CompactedError: `after` is older than `oldest_revision()`, now or by the time the
+                frames would be read.
+            CorruptionError: a frame is damaged; those before it were yielded.
         """
         if after < self.oldest_revision():
-            raise ValueError(f"frames after {after} were compacted")
-        tail, heads = self._tail, self._heads
+            raise self._compacted(after)
+        tail, heads = self._writer.tail, self._writer.heads
         start = first_needed(heads, after)
-        ends = [head.prev_end for head in heads[start + 1 :]] + [tail.offset]
+        ends = [*(head.prev_end for head in heads[start + 1 :]), tail.offset]
         for head, end in zip(heads[start:], ends, strict=True):
             yield from self._segment_frames(head, end, after)
 
     def read_chunks(self, position: Position, start: int, count: int) -> pa.RecordBatch:
         """Return chunks `start` up to `start + count` of the frame at `position`.
 
-        Shares memory with the whole frame's chunks.
+        They share memory with all chunks of the frame. May be called by any thread.
 
         Raises:
             CorruptionError: the frame is damaged or missing.
@@ -330,119 +347,304 @@ class CommitLog:
             self._cache.add(position, chunks)
         return chunks.slice(start, count)
 
-    def close(self) -> None:
-        """Note that all is durable, and let other processes open the store."""
-        if self._fd < 0:
-            return
-        try:
-            if self._failure is None:
-                self._note_durable(self._meta.epoch)
-        except OSError:
-            # Only the next opening has more to check.
-            logger.warning("META was not updated on closing", extra={"path": str(self._home.path)})
-        finally:
-            self._files.close(self._fd)
-            if self._next is not None:
-                self._files.close(self._next[1])
-            self._fd, self._next = -1, None
-            self._lock.release()
+    def snapshot(self) -> Snapshot | None:
+        """Return the snapshot to start from, if there is one; replay `frames` after it."""
+        return self._snapshots.latest
 
-    def _recover(self) -> None:
-        home, meta = self._home, self._meta
-        self._remove_drafts()
-        recovered = recover(
-            self._files,
-            home.log,
-            self._salt,
-            after=0,
-            watermark=Position(meta.durable_segment, meta.durable_offset),
-        )
-        if recovered.tail.revision < meta.durable_revision:
-            raise CorruptionError(
-                f"The log in {str(home.path)!r} ends at revision {recovered.tail.revision}, but "
-                f"{meta.durable_revision} was durable. Restore it; nothing was changed.",
-                file=str(home.log),
-                offset=0,
-                first_revision=recovered.tail.revision + 1,
-                last_revision=meta.durable_revision,
-            )
-        self._meta = replace(meta, epoch=max(meta.epoch, recovered.heads[-1].epoch) + 1)
-        self._heads = recovered.heads
-        try:
-            self._continue(recovered)
-            self._note_durable(self._meta.epoch)
-            self._reserve.restore()
-        except BaseException:
-            if self._fd >= 0:
-                self._files.close(self._fd)
-                self._fd = -1
-            raise
+    def begin_snapshot(self, revision: int) -> SnapshotWriter:
+        """Begin a snapshot that `frames(revision)` can be replayed over.
 
-    def _remove_drafts(self) -> None:
-        # What a crash left unfinished. It never had the name under which it would count.
-        for directory in (self._home.log, self._home.snapshots):
-            for name in self._files.names(directory):
-                if name.endswith(".tmp"):
-                    self._files.unlink(directory / name)
+        `revision` is the current one: rows are written as they are when the walk reaches them.
 
-    def _continue(self, recovered: Recovered) -> None:
-        """Open the end of the log for writing.
-
-        A frame that is not proven to be on disk is written once more, to a new file: after a
-        failed sync the kernel may hold its pages as clean, and never write them.
+        Raises:
+            StorageFullError: no space.
         """
-        unproven = recovered.unproven
-        self._tail = recovered.tail
-        if unproven is None and not recovered.torn_bytes:
-            self._fd = self._files.open(
-                segment_path(self._home.log, self._tail.segment), write=True
-            )
-            self._allocated = self._files.size(self._fd)
-            if not recovered.is_sealed:
-                self._seal(self._heads[-2], self._heads[-1])
-            return
-        if recovered.torn_bytes:
-            self.torn_bytes = recovered.torn_bytes
-            logger.warning(
-                "cut %d bytes of a torn write from the end of the log",
-                recovered.torn_bytes,
-                extra={"path": str(self._home.path), "revision": recovered.tail.revision},
-            )
-        before = recovered.tail if unproven is None else unproven.before
-        number = before.segment + 1
-        content = encode_head(
-            number, prev_end=before.offset, salt=self._salt, epoch=self.epoch, tail=before
-        )
-        if unproven is not None:
-            content += self._encode_again(unproven.header, unproven.payload, number, content)
-        try:
-            fd = self._create_segment(number, content)
-        except OSError as error:
-            if not is_full(error) or not self._reserve.give_up():
-                raise
-            fd = self._create_segment(number, content)
-        head = self._adopt(fd, number)
-        self._seal(self._heads[-1], head)
-        self._heads = (*self._heads, head)
-        if recovered.heads[-1].number > 0 and not recovered.is_sealed:
-            self._seal(recovered.heads[-2], recovered.heads[-1])
+        return self._snapshots.begin(revision, self._durable_position)
 
-    def _encode_again(
-        self, header: FrameHeader, payload: bytes, number: int, head: bytes
-    ) -> bytes:
-        chain = decode_header(head, 0, salt=self._salt, segment=number, offset=0)
-        assert chain is not None
-        data, _ = encode_frame(
-            FrameKind.DATA,
-            payload,
-            salt=self._salt,
-            segment=number,
-            offset=len(head),
-            first_revision=header.first_revision,
-            commits=header.commits,
-            rows=header.rows,
-            epoch=self.epoch,
-            committed=header.committed,
-            prev_chain=chain.header_crc,
+    def compact(self) -> None:
+        """Drop the rows of segments that both kept snapshots stand for; keep their chunks.
+
+        Blocks for long. Does nothing before there are two snapshots, and checks every block of
+        the older one first. An interruption leaves all that was there, or less to do next time.
+
+        Raises:
+            CorruptionError: a snapshot or a segment is damaged; it was left alone.
+            StorageFullError: no space for the chunks.
+        """
+        older = self._snapshots.fallback
+        if older is None:
+            return
+        try:
+            first = first_needed(self._writer.heads, older.revision)
+            if first:
+                older.verify()
+            for head, successor in pairwise(self._writer.heads[: first + 1]):
+                self._compact_segment(head, successor.prev_end)
+        except OSError as error:
+            raise storage_error(error, "compacting", self._home.log) from error
+
+    def close(self) -> None:
+        """Note that all is durable, and let other processes open the store. May be repeated."""
+        if self._lock is None:
+            return
+        try:
+            if not self._writer.has_failed:
+                self._note_durable()
+        except OSError:
+            # Nothing is lost: the next opening checks more and knows less.
+            logger.warning("META was not updated", extra={"path": str(self._home.path)})
+        finally:
+            self._writer.close()
+            self._lock.release()
+            self._lock = None
+
+    def _compact_segment(self, head: SegmentHead, end: int) -> None:
+        path = segment_path(self._home.log, head.number)
+        with SegmentReader(self._files, path, head.number, self._meta.salt) as reader:
+            keep_chunks(self._files, self._home.log, reader, head, end)
+        # Readers look for the segment first, then for its chunks: no moment has neither.
+        self._writer.drop_oldest()
+        self._files.unlink(path)
+        self._files.sync_directory(self._home.log)
+
+    def _durable_position(self) -> Position:
+        tail = self._writer.tail
+        return Position(tail.segment, tail.offset)
+
+    def _note_durable(self) -> None:
+        tail = self._writer.tail
+        self._meta = replace(
+            self._meta,
+            durable_segment=tail.segment,
+            durable_offset=tail.offset,
+            durable_revision=tail.revision,
         )
-        return data
+        self._home.write_meta(self._meta)
+
+    def _segment_frames(
+        self, head: SegmentHead, end: int, after: int
+    ) -> Iterator[tuple[Position, Frame]]:
+        path = segment_path(self._home.log, head.number)
+        try:
+            reader = SegmentReader(self._files, path, head.number, self._meta.salt)
+        except FileNotFoundError:
+            raise self._compacted(after) from None
+        group: list[tuple[Position, FrameHeader, memoryview]] = []
+        held = 0
+        with reader:
+            walk = SegmentWalk(reader, head, end)
+            for offset, header, payload in walk:
+                if header.first_revision <= after and header.next_revision <= after + 1:
+                    continue
+                group.append((Position(head.number, offset), header, payload))
+                held += len(payload)
+                if len(group) == _GROUP_FRAMES or held >= _GROUP_BYTES:
+                    yield from _decode_group(group)
+                    group, held = [], 0
+        yield from _decode_group(group)
+        if walk.tail.offset != end:
+            raise CorruptionError(
+                f"{str(path)!r} is damaged at byte {walk.tail.offset}: {walk.problem}.",
+                file=str(path),
+                offset=walk.tail.offset,
+                first_revision=walk.tail.revision + 1,
+            )
+
+    def _compacted(self, after: int) -> CompactedError:
+        oldest = self.oldest_revision()
+        return CompactedError(
+            f"Changes after revision {after} are no longer kept; the oldest are after {oldest}. "
+            f"Start from a snapshot.",
+            oldest=oldest,
+        )
+
+    def _load_chunks(self, position: Position) -> pa.RecordBatch:
+        number, offset = position
+        path = segment_path(self._home.log, number)
+        try:
+            return self._read_frame_chunks(path, position, offset)
+        except FileNotFoundError:
+            path = chunks_path(self._home.log, number)
+        try:
+            lies_at = self._chunk_index(number).find(offset)
+            if lies_at is not None:
+                return self._read_frame_chunks(path, position, lies_at)
+        except FileNotFoundError:
+            pass
+        raise CorruptionError(
+            f"The chunks at byte {offset} of segment {number} are missing from {str(path)!r}.",
+            file=str(path),
+            offset=offset,
+        )
+
+    def _chunk_index(self, number: int) -> ChunkIndex:
+        index = self._indexes.get(number)
+        if index is None:
+            index = ChunkIndex(self._files, self._home.log, number, self._meta.salt)
+            self._indexes[number] = index
+            while len(self._indexes) > _CACHED_INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _read_frame_chunks(self, path: Path, position: Position, lies_at: int) -> pa.RecordBatch:
+        fd = self._files.open(path)
+        try:
+            data = self._files.read(fd, _FIRST_READ_BYTES, lies_at)
+            header = decode_header(
+                data, 0, salt=self._meta.salt, segment=position.segment, offset=position.offset
+            )
+            if header is not None:
+                missing = HEADER_SIZE + header.payload_size - len(data)
+                if missing > 0:
+                    data += self._files.read(fd, missing, lies_at + len(data))
+                payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_size]
+                if is_intact(payload, header):
+                    chunks = decode_chunks(split_payload(payload)[1])
+                    return _NO_CHUNKS if chunks is None else chunks
+        finally:
+            self._files.close(fd)
+        raise CorruptionError(
+            f"{str(path)!r} is damaged at byte {lies_at}. The chunks were not served.",
+            file=str(path),
+            offset=lies_at,
+            first_revision=header.first_revision if header else 0,
+            last_revision=header.next_revision - 1 if header else 0,
+        )
+
+
+def _check_revision(
+    home: StoreDirectory, recovered: Recovered, meta: Meta, latest: Snapshot | None
+) -> None:
+    known = max(meta.durable_revision, latest.revision if latest else 0)
+    last = recovered.tail.revision
+    if last < known:
+        raise CorruptionError(
+            f"The log in {str(home.log)!r} ends at revision {last}, but {known} was durable. "
+            f"Restore it; nothing was changed.",
+            file=str(home.log),
+            offset=0,
+            first_revision=last + 1,
+            last_revision=known,
+        )
+
+
+def _check_identity(meta: Meta, expected_uuid: str | None, directory: Path) -> None:
+    if expected_uuid is not None and meta.store_uuid != expected_uuid:
+        raise StoreMismatchError(
+            f"{str(directory)!r} holds store {meta.store_uuid}, not {expected_uuid}. Name the "
+            f"right directory; nothing was changed."
+        )
+
+
+def _decode_group(
+    group: list[tuple[Position, FrameHeader, memoryview]],
+) -> Iterator[tuple[Position, Frame]]:
+    # Decoding the rows of many small frames at once is several times cheaper than one by one.
+    parts = [split_payload(payload) for _, _, payload in group]
+    rows = decode_rows([part[0] for part in parts])
+    for (position, header, _), part, columns in zip(group, parts, rows, strict=True):
+        yield (
+            position,
+            Frame(header.first_revision, header.commits, columns, decode_chunks(part[1])),
+        )
+
+
+class ChunkCache:
+    """The chunks of the frames read last, up to a number of bytes. Safe to share by threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held = 0
+        self._batches: OrderedDict[Position, pa.RecordBatch] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def find(self, position: Position) -> pa.RecordBatch | None:
+        """Return the chunks of a frame if they are here."""
+        with self._mutex:
+            batch = self._batches.get(position)
+            if batch is not None:
+                self._batches.move_to_end(position)
+            return batch
+
+    def add(self, position: Position, batch: pa.RecordBatch) -> None:
+        """Keep the chunks of a frame, at the cost of those read longest ago."""
+        with self._mutex:
+            if position in self._batches:
+                return
+            self._batches[position] = batch
+            self._held += batch.nbytes
+            while self._held > self._max_bytes and len(self._batches) > 1:
+                _, oldest = self._batches.popitem(last=False)
+                self._held -= oldest.nbytes
+
+
+class MemoryLog:
+    """A log that forgets everything when its process ends. Same calls as `CommitLog`.
+
+    It keeps chunks, for they are read by position, and no rows: whoever appends has applied them.
+    """
+
+    def __init__(
+        self, *, store_uuid: str, database: str, partition: int = 0, partitions: int = 1
+    ) -> None:
+        self.store_uuid: Final = store_uuid
+        self.database: Final = database
+        self.partition: Final = partition
+        self.partitions: Final = partitions
+        self.epoch: Final = 1
+        self.torn_bytes: Final = 0
+        self._revision = 0
+        self._frames = 0
+        self._rows = 0
+        self._chunks: dict[int, pa.RecordBatch] = {}
+
+    @property
+    def revision(self) -> int:
+        """Last revision that was appended."""
+        return self._revision
+
+    @property
+    def stats(self) -> LogStats:
+        """See `CommitLog.stats`."""
+        return LogStats(frames=self._frames, rows=self._rows)
+
+    def snapshot(self) -> None:
+        """Return None: there is never anything to load."""
+
+    def oldest_revision(self) -> int:
+        """Return the current revision: no older frame is kept."""
+        return self._revision
+
+    def append(self, frame: Frame) -> Position:
+        """Number a frame and keep its chunks; nothing becomes durable."""
+        if frame.first_revision != self._revision + 1:
+            raise ValueError(
+                f"a frame must begin with revision {self._revision + 1}, not {frame.first_revision}"
+            )
+        position = Position(0, self._frames)
+        if frame.chunks is not None:
+            self._chunks[position.offset] = frame.chunks
+        self._frames += 1
+        self._rows += len(frame.rows.ops)
+        self._revision += frame.commits
+        return position
+
+    def frames(self, after: int) -> Iterator[tuple[Position, Frame]]:
+        """Yield nothing: no frame is kept. Raises CompactedError as `CommitLog.frames` does."""
+        if after < self._revision:
+            raise CompactedError(
+                f"Changes after revision {after} are not kept in memory. Start from a snapshot.",
+                oldest=self._revision,
+            )
+        return iter(())
+
+    def read_chunks(self, position: Position, start: int, count: int) -> pa.RecordBatch:
+        """See `CommitLog.read_chunks`."""
+        return self._chunks[position.offset].slice(start, count)
+
+    def compact(self) -> None:
+        """Do nothing: there are no segments."""
+
+    def close(self) -> None:
+        """Forget all chunks."""
+        self._chunks.clear()

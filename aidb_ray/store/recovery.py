@@ -102,9 +102,8 @@ def recover(
 ) -> Recovered:
     """Check all frames after revision `after` and find the end of the log.
 
-    Args:
-        after: Revision of the snapshot that stands for what came before, 0 if there is none.
-        watermark: Up to where the log is known from elsewhere to have been durable.
+    `after` is the revision of the snapshot that stands for what came before, 0 if there is none;
+    `watermark` is up to where the log is known from elsewhere to have been durable.
 
     Raises:
         CorruptionError: bytes are damaged or missing that a crash cannot account for.
@@ -162,8 +161,8 @@ def _recover_last(
     payload = memoryview(b"")
     with SegmentReader(files, path, head.number, salt) as reader:
         walk = SegmentWalk(reader, head)
-        for _, _, payload in walk:
-            before, after = after, walk.tail
+        for _, _, data in walk:
+            before, after, payload = after, walk.tail, data
         torn_bytes = _judge_end(reader, walk, watermark)
     if walk.is_sealed or watermark.segment > head.number:
         missing = segment_path(directory, head.number + 1)

@@ -33,7 +33,6 @@ _WINDOW_BYTES: Final = 1 << 20
 _HEAD: Final = struct.Struct("<QQ")
 HEAD_BYTES: Final = frame_size(len(end_payload(bytes(_HEAD.size))))
 SEAL_BYTES: Final = frame_size(len(end_payload(b"")))
-FIRST_READ_BYTES: Final = 16 << 10
 
 
 class Position(NamedTuple):
@@ -99,9 +98,11 @@ def segment_numbers(names: list[str]) -> list[int]:
     )
 
 
-def encode_head(number: int, *, prev_end: int, salt: int, epoch: int, tail: Tail) -> bytes:
-    """Return the first frame of segment `number`, which continues `tail`."""
-    data, _ = encode_frame(
+def encode_head(
+    number: int, *, prev_end: int, salt: int, epoch: int, tail: Tail
+) -> tuple[bytes, SegmentHead]:
+    """Return the first frame of segment `number`, which continues `tail`, and what it says."""
+    data, chain = encode_frame(
         FrameKind.HEAD,
         end_payload(_HEAD.pack(number, prev_end)),
         salt=salt,
@@ -114,23 +115,30 @@ def encode_head(number: int, *, prev_end: int, salt: int, epoch: int, tail: Tail
         committed=tail.revision,
         prev_chain=tail.chain,
     )
-    return data
+    return data, SegmentHead(
+        number=number,
+        prev_end=prev_end,
+        prev_chain=tail.chain,
+        next_revision=tail.revision + 1,
+        epoch=epoch,
+        chain=chain,
+    )
 
 
-def encode_seal(tail: Tail, *, salt: int, epoch: int) -> bytes:
-    """Return the frame that ends a segment at `tail`."""
+def encode_seal(successor: SegmentHead, *, salt: int, epoch: int) -> bytes:
+    """Return the frame that ends the segment before `successor`."""
     data, _ = encode_frame(
         FrameKind.SEAL,
         end_payload(b""),
         salt=salt,
-        segment=tail.segment,
-        offset=tail.offset,
-        first_revision=tail.revision + 1,
+        segment=successor.number - 1,
+        offset=successor.prev_end,
+        first_revision=successor.next_revision,
         commits=0,
         rows=0,
         epoch=epoch,
-        committed=tail.revision,
-        prev_chain=tail.chain,
+        committed=successor.next_revision - 1,
+        prev_chain=successor.prev_chain,
     )
     return data
 

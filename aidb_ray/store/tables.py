@@ -166,7 +166,8 @@ class Entry:
                     wanted.closes,
                 )
             )
-        return Change(self.revision, self.session, self.collection, self.key, value)
+        is_new = self.before is None
+        return Change(self.revision, self.session, self.collection, self.key, value, is_new)
 
 
 class LogColumns(NamedTuple):
@@ -453,9 +454,7 @@ class Plan:
         elif row is None:
             return Refusal("missing", mutation.collection, mutation.key)
         elif mutation.base not in (row.revision, 0) and row.revision != revision:
-            return Refusal(
-                "conflict", mutation.collection, mutation.key, row.value, row.revision
-            )
+            return Refusal("conflict", mutation.collection, mutation.key, row.value, row.revision)
         if isinstance(mutation, Delete):
             ends[where] = None
             return None

@@ -1,0 +1,604 @@
+"""Connecting to a database: its partitions, sessions and collections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from aidb_ray.contracts import AgentMessage, CancelRequest, Generation, ToolCall, is_valid_name
+from aidb_ray.errors import ConfigError, StoreMismatchError
+from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
+from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
+from aidb_ray.store.changes import bucket_of
+from aidb_ray.store.client import StoreClient
+from aidb_ray.store.collection import Collection, Group, current_group
+from aidb_ray.store.local import LocalWrites
+from aidb_ray.store.transaction import Transaction
+
+if TYPE_CHECKING:
+    from aidb_ray.agents.agent import Agent
+    from aidb_ray.chunks import ChunkCollection
+    from aidb_ray.query.live import LiveQuery
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+OPEN_TIMEOUT_MS = 120_000
+
+
+class Partition:
+    """One partition as this process reaches it."""
+
+    def __init__(self, ref: ActorRef[StoreActor]) -> None:
+        self.ref = ref
+        self.client = StoreClient(ref)
+        self.writes = LocalWrites()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine that belongs to the connection: closing waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def drain(self) -> None:
+        """Wait until every write made so far has its outcome."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.client.drain()
+
+    async def aclose(self) -> None:
+        """Wait for outstanding writes, then end the feed."""
+        await self.drain()
+        await self.client.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """One process of a database.
+
+    Attributes:
+        kind: `store` or `agent`.
+        name: Partition, or agent and shard.
+        running: Model rounds and tool calls in flight.
+        serving: Whether it answers and has recovered.
+    """
+
+    kind: Literal["store", "agent"]
+    name: str
+    pid: int
+    running: int
+    serving: bool
+
+
+_current: ContextVar[Database | None] = ContextVar("aidb_database", default=None)
+_open: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Database]] = WeakKeyDictionary()
+
+
+def current_database() -> Database:
+    """Return the default database: of this task's context, else the latest open of this loop.
+
+    Raises:
+        ConfigError: `not_connected`.
+    """
+    found = _current.get()
+    if found is not None and not found.is_closed:
+        return found
+    stack = _open.get(asyncio.get_running_loop(), [])
+    if stack:
+        return stack[-1]
+    raise ConfigError(
+        "There is no database: `await aidb_ray.connect(...)` first.", code="not_connected"
+    )
+
+
+def set_current_database(database: Database) -> None:
+    """Make `database` the default of this context."""
+    _current.set(database)
+
+
+class Database:
+    """A connected database. Light to hold; it pickles, and connects where it arrives.
+
+    Leaving it as a context manager waits for outstanding writes. What runs on a cluster that was
+    started here ends with it; on an existing cluster stores and agents go on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        refs: list[ActorRef[StoreActor]],
+        *,
+        data_dir: str,
+        cluster: Cluster | None,
+        durability: str = "local",
+    ) -> None:
+        self.name = name
+        self.data_dir = data_dir
+        self.durability = durability
+        self.cluster = cluster
+        self.is_closed = False
+        self._refs = refs
+        self._partitions: list[Partition] | None = None
+        self._agents: dict[str, Agent] = {}
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name!r} in {self.data_dir}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.is_local:
+            raise ConfigError(
+                "A database in this process cannot be sent to another one; connect to a Ray "
+                "cluster instead.",
+                code="local_only",
+            )
+        return _reattach, (self.name, self._refs, self.data_dir, self.durability)
+
+    async def __aenter__(self) -> Database:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lives in this process, without Ray."""
+        return any(isinstance(ref, LocalRef) for ref in self._refs)
+
+    @property
+    def partitions(self) -> list[Partition]:
+        """The partitions as this process reaches them."""
+        if self._partitions is None:
+            self._partitions = [Partition(ref) for ref in self._refs]
+        return self._partitions
+
+    async def connected(self) -> None:
+        """Connect if that has not happened in this process yet; refs find their actors."""
+
+    def site_of(self, session: str) -> Partition:
+        """Return the partition that holds a session; sessions that are none are in the first."""
+        partitions = self.partitions
+        if len(partitions) == 1 or not session:
+            return partitions[0]
+        if session.endswith("*"):
+            raise ConfigError(
+                f"{session!r} spans partitions; follow it with one live query a partition.",
+                code="spans_partitions",
+            )
+        return partitions[bucket_of(session) % len(partitions)]
+
+    # What is in it.
+
+    def session(self, url: str) -> Session:
+        """Return the session `aidb://...`; it exists once it has a row."""
+        _check_session(url)
+        return Session(self, url)
+
+    async def sessions(self, prefix: str = "") -> list[Session]:
+        """Return the sessions that hold rows, ascending by name."""
+        found: list[str] = []
+        for partition in self.partitions:
+            found += await partition.client.sessions(prefix)
+        return [Session(self, url) for url in sorted(found)]
+
+    def collection(
+        self,
+        name: str,
+        schema: type[R] | None = None,
+        *,
+        key: str = "id",
+        session: str | None = None,
+    ) -> Collection[R]:
+        """Return a collection; it exists once it has a row.
+
+        Without a session it lives in the first partition. A session ending in `*` reads across
+        sessions.
+        """
+        if not is_valid_name(name):
+            raise ConfigError(
+                f"{name!r} cannot name a collection: 1 to 512 of A-Z a-z 0-9 . _ ~ : / - without "
+                f"'..' are allowed.",
+                code="invalid_name",
+            )
+        if session is not None:
+            _check_session(session)
+        return Collection(self, name, schema, key=key, session=session)
+
+    async def query(self, fn: Callable[..., Any]) -> Any:
+        """Run a query once: a list of rows, or one row or None for `find_one`."""
+        from aidb_ray.query.live import run_query
+
+        return await run_query(self, fn)
+
+    def live_query(self, fn: Callable[..., Any]) -> LiveQuery[Any]:
+        """Return a query whose answer is kept current; `await live.ready()` before reading."""
+        from aidb_ray.query.live import LiveQuery
+
+        return LiveQuery(self, fn)
+
+    def agent(self, name: str) -> Agent:
+        """Return the handle of a running agent; using it fails if there is none."""
+        from aidb_ray.agents.agent import attach_agent
+
+        return self._agents.get(name) or attach_agent(self, name)
+
+    @asynccontextmanager
+    async def transaction(self, session: Session | str) -> AsyncIterator[Transaction]:
+        """Collect the writes made inside and commit them together at the end.
+
+        An exception inside writes nothing. Only writes to `session` can take part. Awaiting a
+        write inside is an error, for it is durable only afterwards.
+        """
+        url = session.url if isinstance(session, Session) else session
+        if current_group.get() is not None:
+            raise ConfigError("Transactions cannot be nested.", code="nested_transaction")
+        site = self.site_of(url)
+        group = Group(url)
+        transaction = Transaction(url, group.intents, site.client, site.writes)
+        token = current_group.set(group)
+        try:
+            yield transaction
+        finally:
+            current_group.reset(token)
+        if not group.intents:
+            transaction.settle(0, None)
+            return
+        for intent in group.intents:
+            where = (intent.collection, intent.key)
+            if where in group.shown:
+                transaction.show(intent, group.shown[where])
+        site.spawn(transaction.run(lambda _: None))
+        await transaction
+
+    # How it runs.
+
+    async def status(self) -> list[StoreStatus]:
+        """Return how each partition is doing."""
+        return [await partition.client.status() for partition in self.partitions]
+
+    async def processes(self) -> list[ProcessInfo]:
+        """Return the processes of this database: stores, and the shards of agents used here."""
+        from aidb_ray.errors import UnavailableError
+
+        found: list[ProcessInfo] = []
+        for index, partition in enumerate(self.partitions):
+            name = f"p{index}"
+            try:
+                status = await partition.ref.with_timeout(2_000).ask(StoreActor.status)
+            except UnavailableError:
+                found.append(ProcessInfo("store", name, 0, 0, serving=False))
+            else:
+                serving = status.state == "serving"
+                found.append(ProcessInfo("store", name, status.pid, 0, serving))
+        for agent in self._agents.values():
+            found += await agent.processes()
+        return found
+
+    def keep_agent(self, agent: Agent) -> None:
+        """Remember an agent that was created or attached here."""
+        self._agents[agent.name] = agent
+
+    async def aclose(self) -> None:
+        """Wait for outstanding writes and disconnect; on a cluster started here, end it."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for stack in _open.values():
+            if self in stack:
+                stack.remove(self)
+        owns_processes = self.is_local or (self.cluster is not None and self.cluster.owned)
+        if owns_processes:
+            await self._stop_agents()
+        else:
+            for agent in self._agents.values():
+                await agent.detach()
+        for partition in self.partitions:
+            await partition.aclose()
+        if owns_processes:
+            await asyncio.gather(*(ref.with_timeout(30_000).stop() for ref in self._refs))
+        if self.cluster is not None and self.cluster.owned:
+            self.cluster.close()
+
+    async def shutdown(self) -> None:
+        """End the agents and stores of this database, also on an existing cluster; rows stay."""
+        await self._stop_agents()
+        for partition in self.partitions:
+            await partition.drain()
+        await asyncio.gather(*(ref.with_timeout(30_000).stop() for ref in self._refs))
+        await self.aclose()
+
+    async def _stop_agents(self) -> None:
+        for agent in list(self._agents.values()):
+            await agent.aclose()
+
+
+class Session:
+    """A conversation: its messages, generations, tool calls, chunks and whatever else it holds."""
+
+    def __init__(self, database: Database, url: str) -> None:
+        self.database = database
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"<Session {self.url}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Session) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    @property
+    def messages(self) -> Collection[AgentMessage]:
+        """What was said."""
+        return self.collection("messages", AgentMessage)
+
+    @property
+    def generations(self) -> Collection[Generation]:
+        """Runs of models."""
+        return self.collection("generations", Generation)
+
+    @property
+    def tool_calls(self) -> Collection[ToolCall]:
+        """Requests of models to run tools."""
+        return self.collection("tool_calls", ToolCall)
+
+    @property
+    def cancel_requests(self) -> Collection[CancelRequest]:
+        """Requests to stop what agents do here."""
+        return self.collection("cancel_requests", CancelRequest)
+
+    @property
+    def chunks(self) -> ChunkCollection:
+        """What models streamed."""
+        from aidb_ray.chunks import ChunkCollection
+
+        return ChunkCollection(self.database, self.url)
+
+    def collection(
+        self, name: str, schema: type[R] | None = None, *, key: str = "id"
+    ) -> Collection[R]:
+        """Return a collection of this session."""
+        return self.database.collection(name, schema, key=key, session=self.url)
+
+
+class _Connecting:
+    """What `connect` returns: await it, or enter it."""
+
+    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Database]]) -> None:
+        self._opening = opening
+        self._database: Database | None = None
+
+    def __await__(self) -> Generator[Any, None, Database]:
+        return self._opening().__await__()
+
+    async def __aenter__(self) -> Database:
+        self._database = await self._opening()
+        return self._database
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._database is not None
+        await self._database.aclose()
+
+
+def connect(
+    address: str | None = None,
+    *,
+    data_dir: str | os.PathLike[str] = ".aidb",
+    database: str = "default",
+    partitions: int = 1,
+    replicas: int = 1,
+    durability: Literal["local", "memory"] = "local",
+    store_options: dict[str, Any] | None = None,
+) -> _Connecting:
+    """Connect to a database, creating it if it does not exist: `await` it or `async with` it.
+
+    Args:
+        address: None: the Ray cluster of this process or of RAY_ADDRESS, else one started here.
+            `"local"`: in this process, no Ray, same log format. `"auto"`, `"host:port"`: an
+            existing cluster, whose stores and agents outlive this process.
+        data_dir: Where the log lies. Relative only for a cluster started here or `"local"`.
+        partitions: Fixed when the database is created.
+        durability: `"local"`: durable on this node's disk. `"memory"`: lost with the process.
+        store_options: Overrides for `StoreOptions`, such as `snapshot_bytes`.
+
+    Raises:
+        ConfigError: an argument cannot be; `partitions` differs from what the database has.
+        StoreMismatchError: the directory is missing on an existing cluster, or foreign.
+        StoreLockedError: another process still has the directory after 20 s.
+    """
+    if not is_valid_name(database) or "/" in database:
+        raise ConfigError(f"{database!r} cannot name a database.", code="invalid_name")
+    if not 1 <= partitions <= 4096:
+        raise ConfigError("A database has 1 to 4096 partitions.", code="invalid_partitions")
+    if replicas != 1:
+        raise ConfigError("Only replicas=1 is available.", code="invalid_replicas")
+    if durability not in ("local", "memory"):
+        raise ConfigError(
+            f"durability is 'local' or 'memory', not {durability!r}.", code="invalid_durability"
+        )
+    plan = _Plan(
+        address, Path(data_dir), database, partitions, durability, dict(store_options or {})
+    )
+    return _Connecting(lambda: _connect(plan))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What `connect` was asked for."""
+
+    address: str | None
+    data_dir: Path
+    database: str
+    partitions: int
+    durability: Literal["local", "memory"]
+    options: dict[str, Any]
+
+
+async def _connect(plan: _Plan) -> Database:
+    cluster = None if plan.address == "local" else await connect_cluster(plan.address)
+    try:
+        database = await _open_database(plan, cluster)
+    except BaseException:
+        if cluster is not None and cluster.owned:
+            cluster.close()
+        raise
+    set_current_database(database)
+    _open.setdefault(asyncio.get_running_loop(), []).append(database)
+    return database
+
+
+async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
+    refs: list[ActorRef[StoreActor]] = []
+    is_private = cluster is None or cluster.owned
+    home = _home(plan, must_exist=not is_private)
+    if not is_private:
+        refs = await _find_running(plan)
+    if not refs:
+        options = _store_options(plan, home)
+        for option in options:
+            refs.append(await _start_store(option, cluster, is_private=is_private))
+    database = Database(
+        plan.database, refs, data_dir=str(home), cluster=cluster, durability=plan.durability
+    )
+    for ref in refs:
+        await ref.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.start)
+    return database
+
+
+def _home(plan: _Plan, *, must_exist: bool) -> Path:
+    if must_exist and plan.durability == "local":
+        if not plan.data_dir.is_absolute():
+            raise ConfigError(
+                f"On an existing cluster data_dir must be absolute, not {str(plan.data_dir)!r}: "
+                f"its processes have other working directories.",
+                code="relative_data_dir",
+            )
+        if not plan.data_dir.is_dir():
+            raise StoreMismatchError(
+                f"{plan.data_dir} does not exist on this node. Create it on the node that shall "
+                f"hold the data, and connect from there.",
+            )
+    return plan.data_dir.absolute() / plan.database
+
+
+async def _find_running(plan: _Plan) -> list[ActorRef[StoreActor]]:
+    first = await find(StoreActor, _store_name(plan.database, 0))
+    if first is None:
+        return []
+    refs: list[ActorRef[StoreActor]] = [first]
+    while True:
+        another = await find(StoreActor, _store_name(plan.database, len(refs)))
+        if another is None:
+            break
+        refs.append(another)
+    _check_partitions(plan, len(refs))
+    return refs
+
+
+def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:
+    if plan.durability == "memory":
+        uuid = str(uuid4())
+        return [
+            StoreOptions(plan.database, index, "memory", "", uuid, **plan.options)
+            for index in range(plan.partitions)
+        ]
+    uuid = _create_or_identify(plan, home)
+    return [
+        StoreOptions(plan.database, index, "local", str(home / f"p{index}"), uuid, **plan.options)
+        for index in range(plan.partitions)
+    ]
+
+
+def _create_or_identify(plan: _Plan, home: Path) -> str:
+    """Return the store's uuid, creating its directories if there are none yet."""
+    from aidb_ray.store.directory import StoreDirectory
+    from aidb_ray.store.files import FileSystem
+    from aidb_ray.store.log import create_store
+
+    files = FileSystem()
+    if not home.exists():
+        uuid = str(uuid4())
+        home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Made under another name and renamed, so that it is there whole or not at all.
+        draft = home.with_name(f".{home.name}.{uuid}.draft")
+        draft.mkdir(mode=0o700)
+        for index in range(plan.partitions):
+            create_store(
+                draft / f"p{index}",
+                files,
+                store_uuid=uuid,
+                database=plan.database,
+                partition=index,
+                partitions=plan.partitions,
+            )
+        files.rename(draft, home)
+        files.sync_directory(home.parent)
+    meta = StoreDirectory(home / "p0", files).read_meta()
+    _check_partitions(plan, meta.partitions)
+    return meta.store_uuid
+
+
+def _check_partitions(plan: _Plan, partitions: int) -> None:
+    if partitions != plan.partitions:
+        raise ConfigError(
+            f"Database {plan.database!r} has {partitions} partitions, not {plan.partitions}; "
+            f"the number is fixed when a database is created.",
+            code="partitions_differ",
+        )
+
+
+async def _start_store(
+    options: StoreOptions, cluster: Cluster | None, *, is_private: bool
+) -> ActorRef[StoreActor]:
+    if cluster is None:
+        return LocalRef(StoreActor(options, die=_stay))
+    actor_options = ActorOptions(
+        name=_store_name(options.database, options.partition),
+        detached=not is_private,
+        node_id=cluster.node_id,
+    )
+    return await spawn(StoreActor, actor_options, options)
+
+
+def _stay() -> None:
+    # In the user's own process a store that failed answers so; it must not end the program.
+    logger.critical("the store in this process has failed; connect again to recover")
+
+
+def _store_name(database: str, partition: int) -> str:
+    return f"aidb/{database}/p{partition}"
+
+
+def _check_session(url: str) -> None:
+    if not url.startswith("aidb://") or not is_valid_name(url.removesuffix("*")):
+        raise ConfigError(
+            f"{url!r} cannot name a session; it looks like 'aidb://support/42'.",
+            code="invalid_name",
+        )
+
+
+_attached: dict[tuple[str, str], Database] = {}
+
+
+def _reattach(
+    name: str, refs: list[ActorRef[StoreActor]], data_dir: str, durability: str
+) -> Database:
+    # One connection per process, whatever number of handles arrive.
+    where = (name, data_dir)
+    found = _attached.get(where)
+    if found is None or found.is_closed:
+        found = _attached[where] = Database(
+            name, refs, data_dir=data_dir, cluster=None, durability=durability
+        )
+    return found

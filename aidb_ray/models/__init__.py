@@ -1,0 +1,1 @@
+"""Models and the tools they may call: messages in, AG-UI events out."""

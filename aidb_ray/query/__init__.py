@@ -1,0 +1,1 @@
+"""Queries: built as data, answered incrementally, kept live."""

@@ -1,0 +1,587 @@
+"""Collections: what everyone above the store holds.
+
+A `Collection` is a light handle; it pickles, and connects where it arrives. Rows written here
+show at once; rows of others are followed from the first read on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
+
+import msgspec
+
+from aidb_ray.errors import (
+    ConfigError,
+    ContractError,
+    KeyExistsError,
+    KeyMissingError,
+    NotReadyError,
+)
+from aidb_ray.expressions import (
+    Expression,
+    Fields,
+    Ref,
+    SourceRef,
+    compile_predicate,
+    equalities,
+    predicate,
+)
+from aidb_ray.store.changes import CHUNKS, Filter, StoredRow
+from aidb_ray.store.local import LocalWrites, RowEvent, View
+from aidb_ray.store.rows import RowCodec, codec_of
+from aidb_ray.store.transaction import Intent, NewRow, Patch, Transaction
+
+if TYPE_CHECKING:
+    from aidb_ray.store.client import StoreClient
+
+R = TypeVar("R")
+MAX_UNREAD_CHANGES = 10_000
+
+
+class Site(Protocol):
+    """One partition as this process reaches it."""
+
+    @property
+    def client(self) -> StoreClient:
+        """Commits to and reads from the partition."""
+        ...
+
+    @property
+    def writes(self) -> LocalWrites:
+        """This process's own writes to it."""
+        ...
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run a coroutine that belongs to the connection: closing waits for it."""
+        ...
+
+
+class Sites(Protocol):
+    """The partitions of a database as this process reaches them."""
+
+    async def connected(self) -> None:
+        """Connect if that has not happened in this process yet."""
+        ...
+
+    def site_of(self, session: str) -> Site:
+        """Return the partition of a session."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowChange(Generic[R]):
+    """One row before and after a commit. See `Collection.changes`.
+
+    Attributes:
+        before: None for an insert, and when this process did not know the row.
+        revision: Revision of the commit; resume with `changes(since=revision)`.
+    """
+
+    op: Literal["insert", "update", "delete"]
+    key: str
+    before: R | None
+    after: R | None
+    revision: int
+
+
+@dataclass(slots=True)
+class Group:
+    """Writes that `db.transaction` collects, to be committed together."""
+
+    session: str
+    intents: list[Intent] = field(default_factory=list[Intent])
+    shown: dict[tuple[str, str], bytes | None] = field(
+        default_factory=dict[tuple[str, str], bytes | None]
+    )
+
+
+current_group: ContextVar[Group | None] = ContextVar("aidb_transaction", default=None)
+
+
+class Subscribed:
+    """A running `Collection.subscribe`; `close` ends it."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def close(self) -> None:
+        """Call the callback no more."""
+        self._view.close()
+
+
+class Collection(Generic[R]):
+    """Rows of one type, found by key. A session ending in `*` reads across sessions.
+
+    Reading methods that do not wait (`get`, `len`, `in`, `values`) see this process's copy, which
+    is complete once `ready()` was awaited; rows written here are always seen.
+
+    Args:
+        row_type: pydantic model, dataclass or TypedDict; None for plain dicts.
+        key: Name of the field that identifies a row within session and collection.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        name: str,
+        row_type: type[R] | None,
+        *,
+        key: str = "id",
+        session: str | None = None,
+    ) -> None:
+        self.name = name
+        self.session = session
+        self.key = key
+        self.row_type = row_type
+        self._sites = sites
+        self._codec: RowCodec[R] = codec_of(row_type, key)
+        self._view: View | None = None
+        self._decoded: dict[str, tuple[bytes, R]] = {}
+
+    def __repr__(self) -> str:
+        where = f" of {self.session}" if self.session else ""
+        return f"<Collection {self.name!r}{where}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self._sites, self.name, self.row_type, self.key, self.session)
+
+    # Writing.
+
+    def insert(self, rows: R | Mapping[str, Any] | Sequence[R | Mapping[str, Any]]) -> Transaction:
+        """Add one row, or several together. Defaults are filled in before this returns.
+
+        Raises:
+            ContractError: a row does not fit its type; nothing was written.
+            KeyExistsError: this process knows a row with that key; (when awaited) the store does.
+        """
+        session, site = self._writable()
+        many = cast("list[R | Mapping[str, Any]]", rows if isinstance(rows, list) else [rows])
+        if not many:
+            raise ContractError("There is no row to insert.", collection=self.name)
+        name, writes = self.name, site.writes
+        intents: list[NewRow] = []
+        must_wait = False
+        for row in many:
+            key, value = self._codec.encode(name, row)
+            owner = writes.latest_owner(session, name, key)
+            if owner is not None or any(key == other.key for other in intents):
+                shown, _ = writes.look(session, name, key, None)
+                if shown is not None:
+                    raise KeyExistsError(
+                        f"{name}[{key!r}] exists already. Update it, or insert another key.",
+                        collection=name,
+                        key=key,
+                    )
+                must_wait = True
+            intents.append(NewRow(name, key, value))
+        group = current_group.get()
+        transaction = Transaction(session, intents, site.client, writes)
+        if group is not None:
+            return self._join(group, transaction, intents, [i.value for i in intents])
+        if must_wait:
+            return self._run(site, transaction, intents, [i.value for i in intents])
+        transaction.send_inserts()
+        return transaction
+
+    def update(
+        self,
+        key: str,
+        changes: Mapping[str, Any] | Callable[[Any], object],
+        *,
+        when: Callable[[Ref], Expression] | None = None,
+        expected_revision: int = 0,
+    ) -> Transaction:
+        """Change fields of a row.
+
+        `changes` is a mapping of Python names, or a function that changes a draft; it runs once,
+        here, and only what it changed travels. If the row changed meanwhile the patch is made
+        again on the newer row, up to 5 times.
+
+        Args:
+            when: Condition on the row, checked against the row that is replaced.
+            expected_revision: The row must be as that revision left it.
+
+        Raises:
+            KeyMissingError, ContractError: here, if the row is known here; else when awaited.
+            ConflictError: (when awaited) `condition_failed`, `revision_mismatch`, or `conflict`
+                after the 5th try; `current` carries the row.
+        """
+        session, site = self._writable()
+        shown = self._shown(session, site, key)
+        if callable(changes):
+            if inspect.iscoroutinefunction(changes):
+                raise TypeError("The function that changes a draft is a plain one, not async.")
+            if shown is None:
+                self._must_be_known(session, site, key)
+                raise NotReadyError(
+                    f"{self.name}[{key!r}] is not here yet, so there is no draft to change. "
+                    f"Await ready() first, or give a mapping.",
+                )
+            changes = self._run_draft(shown, changes)
+        fields = dict(changes)
+        test = None if when is None else self._condition(when)
+        intent = Patch(self.name, key, self._codec, fields, expected_revision, test)
+        value = None
+        if shown is not None:
+            value = self._codec.patch(self.name, shown.value, fields, key)
+        return self._write(site, session, intent, value, is_known=shown is not None)
+
+    def delete(
+        self,
+        key: str,
+        *,
+        when: Callable[[Ref], Expression] | None = None,
+        expected_revision: int = 0,
+    ) -> Transaction:
+        """Remove a row. See `update`."""
+        session, site = self._writable()
+        shown = self._shown(session, site, key)
+        if shown is None:
+            self._must_be_known(session, site, key)
+        test = None if when is None else self._condition(when)
+        intent = Patch(self.name, key, self._codec, None, expected_revision, test)
+        return self._write(site, session, intent, None, is_known=shown is not None)
+
+    # Reading.
+
+    async def ready(self) -> None:
+        """Wait until this process has a complete copy, which is then kept current."""
+        await self._sites.connected()
+        await self._copy().ready()
+
+    def get(self, key: str) -> R | None:
+        """Return a row or None.
+
+        Raises:
+            NotReadyError: the copy is not complete and the row was not written here.
+        """
+        session, site = self._readable()
+        view = self._view
+        if view is not None and view.is_ready:
+            row, _ = view.look(session, key)
+        elif site.writes.knows(session, self.name, key):
+            row, _ = site.writes.look(session, self.name, key, None)
+        else:
+            self._copy()
+            raise self._not_ready()
+        return None if row is None else self._decode(key, row)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._stored())
+
+    def __bool__(self) -> bool:
+        # A handle is not empty because its rows are not here.
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
+
+    def values(self) -> list[R]:
+        """Return all rows in order of (session, key)."""
+        return [self._decode(key, row) for key, row in self._stored()]
+
+    def is_synced(self, key: str) -> bool:
+        """Whether no write of this process to the row is outstanding."""
+        session, site = self._readable()
+        return not site.writes.is_outstanding(session, self.name, key)
+
+    async def find(self, key: str) -> R | None:
+        """Ask the store for one row; copies nothing."""
+        await self._sites.connected()
+        session, site = self._readable()
+        found = await site.client.find(session, self.name, key)
+        return None if found is None else self._codec.decode(found.value)
+
+    async def changes(self, since: int | None = None) -> AsyncIterator[RowChange[R]]:
+        """Yield every change from now on, or after revision `since`, once and in order.
+
+        Raises:
+            CompactedError: `since` is older than what the store can still tell.
+            SlowConsumerError: over 10,000 changes wait unread; `resume` says where to go on.
+            ValueError: `since` is negative.
+        """
+        from aidb_ray.store.tail import tail_changes
+
+        if since is not None and since < 0:
+            raise ValueError(f"invalid_cursor: a revision is 0 or more, not {since}")
+        await self._sites.connected()
+        site = self._sites.site_of(self._one_session())
+        async for op, key, before, after, revision in tail_changes(
+            site.client, self.filter(), since, MAX_UNREAD_CHANGES
+        ):
+            yield RowChange(
+                op,
+                key,
+                None if before is None else self._codec.decode(before),
+                None if after is None else self._codec.decode(after),
+                revision,
+            )
+
+    def subscribe(
+        self,
+        callback: Callable[[list[RowChange[R]]], object],
+        *,
+        where: Callable[[Ref], Expression] | None = None,
+        include_initial_state: bool = False,
+    ) -> Subscribed:
+        """Call `callback` with a list of changes whenever rows change here, own writes included.
+
+        With `include_initial_state` the first call brings every row as an insert.
+        """
+        wanted = self.filter()
+        test = None
+        if where is not None:
+            node = predicate(where, self.fields)
+            test = compile_predicate(node)
+            allowed = tuple((n, tuple(v)) for n, v in sorted(equalities(node).items()))
+            wanted = msgspec.structs.replace(wanted, where=allowed)
+        known: dict[tuple[str, str], StoredRow] = {}
+        is_first = True
+
+        def hear(events: Sequence[RowEvent]) -> None:
+            nonlocal is_first
+            told: list[RowChange[R]] = []
+            for event in events:
+                change = self._to_change(event, known, test)
+                if change is not None:
+                    told.append(change)
+            skip, is_first = is_first and not include_initial_state, False
+            if told and not skip:
+                callback(told)
+
+        site = self._sites.site_of(self._one_session())
+        return Subscribed(View(site.client, site.writes, wanted, hear))
+
+    # For the layers above.
+
+    @property
+    def fields(self) -> Fields | None:
+        """The row type's fields as queries know them."""
+        return self._codec.fields
+
+    def as_source(self) -> SourceRef[R]:
+        """Return what a query keeps of this collection."""
+        return SourceRef(self.name, self.session, self.fields, self.row_type)
+
+    def filter(self) -> Filter:
+        """Return the filter that all rows of this collection pass."""
+        session = self.session
+        if session is not None and session.endswith("*"):
+            return Filter(self.name, prefix=session[:-1])
+        return Filter(self.name, session or "")
+
+    # Inside.
+
+    def _one_session(self) -> str:
+        return "" if self.session is None else self.session
+
+    def _writable(self) -> tuple[str, Site]:
+        session = self._one_session()
+        if session.endswith("*"):
+            raise ConfigError(
+                f"{self!r} reads across sessions; write through db.session(url) of one.",
+                code="session_required",
+            )
+        if self.name == CHUNKS and self.row_type is not None and session:
+            from aidb_ray.contracts import Chunk
+
+            if self.row_type is Chunk:
+                raise ConfigError("Chunks are written by stream_to_collection.", code="append_only")
+        return session, self._sites.site_of(session)
+
+    def _readable(self) -> tuple[str, Site]:
+        session = self._one_session()
+        if session.endswith("*"):
+            raise ConfigError(
+                f"A key names a row of one session; {self!r} has many. Use a query.",
+                code="session_required",
+            )
+        return session, self._sites.site_of(session)
+
+    def _copy(self) -> View:
+        if self._view is None:
+            site = self._sites.site_of(self._one_session())
+            self._view = View(site.client, site.writes, self.filter(), _ignore)
+        return self._view
+
+    def _not_ready(self) -> NotReadyError:
+        return NotReadyError(f"The rows of {self!r} are not here yet: await ready() first.")
+
+    def _stored(self) -> Iterator[tuple[str, StoredRow]]:
+        view = self._copy()
+        if not view.is_ready:
+            raise self._not_ready()
+        site = self._sites.site_of(self._one_session())
+        places = dict.fromkeys([*view.synced, *site.writes.of_view(view)])
+        for session, key in sorted(places):
+            row, _ = view.look(session, key)
+            if row is not None:
+                yield key, row
+
+    def _decode(self, key: str, row: StoredRow) -> R:
+        known = self._decoded.get(key)
+        if known is not None and known[0] is row.value:
+            return known[1]
+        decoded = self._codec.decode(row.value)
+        if len(self._decoded) > 10_000:
+            self._decoded.clear()
+        self._decoded[key] = (row.value, decoded)
+        return decoded
+
+    def _shown(self, session: str, site: Site, key: str) -> StoredRow | None:
+        group = current_group.get()
+        if group is not None and (self.name, key) in group.shown:
+            value = group.shown[self.name, key]
+            return None if value is None else StoredRow(0, value)
+        if self._view is not None and self._view.is_ready:
+            return self._view.look(session, key)[0]
+        return site.writes.look(session, self.name, key, None)[0]
+
+    def _must_be_known(self, session: str, site: Site, key: str) -> None:
+        """Raise if this process knows that the row is not there."""
+        complete = self._view is not None and self._view.is_ready
+        if complete or site.writes.knows(session, self.name, key):
+            raise KeyMissingError(
+                f"{self.name}[{key!r}] does not exist. Insert it first.",
+                collection=self.name,
+                key=key,
+            )
+
+    def _run_draft(self, shown: StoredRow, fn: Callable[[Any], object]) -> dict[str, Any]:
+        draft = Draft(self._codec.fields_of(shown.value))
+        result = fn(draft)
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise TypeError("The function that changes a draft is a plain one, not async.")
+        return draft.changed()
+
+    def _condition(self, when: Callable[[Ref], Expression]) -> Callable[[Mapping[str, Any]], bool]:
+        test = compile_predicate(predicate(when, self.fields))
+        return lambda fields: test(cast("dict[str, Any]", fields)) is True
+
+    def _write(
+        self, site: Site, session: str, intent: Patch, value: bytes | None, *, is_known: bool
+    ) -> Transaction:
+        transaction = Transaction(session, [intent], site.client, site.writes)
+        shown = [value] if is_known else []
+        group = current_group.get()
+        if group is not None:
+            return self._join(group, transaction, [intent], shown)
+        return self._run(site, transaction, [intent], shown)
+
+    def _run(
+        self,
+        site: Site,
+        transaction: Transaction,
+        intents: Sequence[Intent],
+        shown: Sequence[bytes | None],
+    ) -> Transaction:
+        session, name = transaction.session, self.name
+        owners = [site.writes.latest_owner(session, name, intent.key) for intent in intents]
+        earlier = [owner for owner in owners if isinstance(owner, Transaction)]
+        for intent, value in zip(intents, shown, strict=False):
+            transaction.show(intent, value)
+        site.spawn(transaction.run(self._base, earlier))
+        return transaction
+
+    def _join(
+        self,
+        group: Group,
+        transaction: Transaction,
+        intents: Sequence[Intent],
+        shown: Sequence[bytes | None],
+    ) -> Transaction:
+        if group.session != transaction.session:
+            raise ConfigError(
+                f"A transaction of {group.session!r} cannot write to {transaction.session!r}: "
+                f"only writes of one session commit together.",
+                code="one_session",
+            )
+        group.intents += intents
+        for intent, value in zip(intents, shown, strict=False):
+            group.shown[self.name, intent.key] = value
+        return transaction
+
+    def _base(self, intent: Patch) -> StoredRow | None:
+        """Return the synced row that this process knows, for a first try without asking."""
+        session = self._one_session()
+        site = self._sites.site_of(session)
+        if self._view is not None and self._view.is_ready:
+            synced = self._view.synced.get((session, intent.key))
+        else:
+            synced = None
+        return site.writes.durable(session, intent.collection, intent.key, synced)
+
+    def _to_change(
+        self,
+        event: RowEvent,
+        known: dict[tuple[str, str], StoredRow],
+        test: Callable[[dict[str, Any]], object] | None,
+    ) -> RowChange[R] | None:
+        place = (event.session, event.key)
+        row = event.row
+        if row is not None and test is not None:
+            row = row if test(msgspec.json.decode(row.value)) is True else None
+        before = known.pop(place, None)
+        if row is not None:
+            known[place] = row
+        if row is None and before is None:
+            return None
+        if row is not None and before is not None and row.value == before.value:
+            return None
+        op = "insert" if before is None else "delete" if row is None else "update"
+        return RowChange(
+            op,
+            event.key,
+            None if before is None else self._codec.decode(before.value),
+            None if row is None else self._codec.decode(row.value),
+            row.revision if row is not None else 0,
+        )
+
+
+class Draft:
+    """A copy of a row that a function may change; dicts and lists in it are copies, too."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        object.__setattr__(self, "_before", fields)
+        object.__setattr__(self, "_fields", deepcopy(dict(fields)))
+
+    def __getattr__(self, name: str) -> Any:
+        fields: dict[str, Any] = object.__getattribute__(self, "_fields")
+        if name not in fields:
+            raise AttributeError(f"The row has no field {name!r}; it has {', '.join(fields)}.")
+        return fields[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getitem__(self, name: str) -> Any:
+        fields: dict[str, Any] = object.__getattribute__(self, "_fields")
+        return fields[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        fields: dict[str, Any] = object.__getattribute__(self, "_fields")
+        fields[name] = value
+
+    def changed(self) -> dict[str, Any]:
+        """Return the fields that differ from the row."""
+        fields: dict[str, Any] = object.__getattribute__(self, "_fields")
+        before: Mapping[str, Any] = object.__getattribute__(self, "_before")
+        return {n: v for n, v in fields.items() if n not in before or before[n] != v}
+
+
+def _ignore(events: Sequence[RowEvent]) -> None:
+    """A copy is looked at, not listened to."""
+
+
+def _restore(
+    sites: Sites, name: str, row_type: type[Any] | None, key: str, session: str | None
+) -> Collection[Any]:
+    return Collection(sites, name, row_type, key=key, session=session)

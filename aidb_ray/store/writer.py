@@ -1,0 +1,236 @@
+"""The live end of a log: appends frames, one write and one sync each, and rolls segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from aidb_ray.errors import StorageError
+from aidb_ray.store.directory import storage_error
+from aidb_ray.store.files import FileSystem, is_full, write_all
+from aidb_ray.store.frames import FrameKind, encode_frame, frame_size
+from aidb_ray.store.recovery import Recovered, UnprovenFrame
+from aidb_ray.store.segments import (
+    HEAD_BYTES,
+    SEAL_BYTES,
+    Position,
+    SegmentHead,
+    Tail,
+    create_segment,
+    encode_head,
+    encode_seal,
+    segment_path,
+)
+
+
+@dataclass(slots=True)
+class LiveSegment:
+    """A segment open for writing; `allocated` bytes of it cannot run out of space."""
+
+    head: SegmentHead
+    fd: int
+    allocated: int
+    tail: Tail
+
+
+class LogWriter:
+    """Writes after the end that recovery found. Used by one thread at a time.
+
+    A full disk leaves it as it was. Any other failure of a write or a sync ends it: what the
+    disk holds is then unknown, and asking the kernel again would get a false yes.
+
+    Attributes:
+        heads: All segments, oldest first; the last is the one being written.
+        tail: Where the next frame goes; all before it is durable.
+        syncs: How many data syncs were made.
+        bytes: How many bytes of frames were made durable.
+    """
+
+    def __init__(
+        self,
+        files: FileSystem,
+        directory: Path,
+        recovered: Recovered,
+        *,
+        salt: int,
+        epoch: int,
+        segment_bytes: int,
+    ) -> None:
+        self._files = files
+        self._directory = directory
+        self._salt = salt
+        self._epoch = epoch
+        self._segment_bytes = segment_bytes
+        self._failure: StorageError | None = None
+        # A successor that was made while the disk was too full to seal its predecessor.
+        self._next: LiveSegment | None = None
+        self._mutex = Lock()
+        self.syncs = 0
+        self.bytes = 0
+        self.heads = recovered.heads
+        self._live = self._resume(recovered)
+        if self._live.head is not self.heads[-1]:
+            self.heads = (*self.heads, self._live.head)
+
+    @property
+    def tail(self) -> Tail:
+        """Where the next frame goes; all before it is durable."""
+        return self._live.tail
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it takes no more frames."""
+        return self._failure is not None
+
+    def append(self, payload: bytes, *, commits: int, rows: int) -> Position:
+        """Write a data frame after the tail; durable when it returns. See `CommitLog.append`."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            live = self._make_room(frame_size(len(payload)))
+            segment, offset, revision, chain = live.tail
+            data, chain = encode_frame(
+                FrameKind.DATA,
+                payload,
+                salt=self._salt,
+                segment=segment,
+                offset=offset,
+                first_revision=revision + 1,
+                commits=commits,
+                rows=rows,
+                epoch=self._epoch,
+                committed=revision,
+                prev_chain=chain,
+            )
+            write_all(self._files, live.fd, data, offset)
+            self._sync(live.fd)
+        except OSError as error:
+            self._undo(error)
+            raise storage_error(error, "appending to", self._path(self._live.head)) from error
+        live.tail = Tail(segment, offset + len(data), revision + commits, chain)
+        self.bytes += len(data)
+        return Position(segment, offset)
+
+    def drop_oldest(self) -> None:
+        """Forget the oldest segment, which compaction replaced. May be called by any thread."""
+        with self._mutex:
+            self.heads = self.heads[1:]
+
+    def close(self) -> None:
+        """Close the files."""
+        for live in (self._live, self._next):
+            if live is not None:
+                self._files.close(live.fd)
+
+    def _resume(self, recovered: Recovered) -> LiveSegment:
+        """Open the end of the log.
+
+        A frame that is not proven to be on disk is written once more, to a new file: after a
+        failed sync the kernel may hold its pages as clean and never write them. A torn write is
+        cut off the same way, by a successor that says where its predecessor ends.
+        """
+        last, unproven = recovered.heads[-1], recovered.unproven
+        if not recovered.is_sealed:
+            self._seal_file(recovered.heads[-2], last)
+        if unproven is None and not recovered.torn_bytes:
+            fd = self._files.open(self._path(last), write=True)
+            return LiveSegment(last, fd, self._files.size(fd), recovered.tail)
+        before = recovered.tail if unproven is None else unproven.before
+        live = self._create_segment(before, self._segment_bytes, unproven)
+        try:
+            self._seal_file(last, live.head)
+        except OSError:
+            self._files.close(live.fd)
+            raise
+        return live
+
+    def _make_room(self, size: int) -> LiveSegment:
+        """Return a segment that takes `size` more bytes, and a seal, without running out."""
+        live = self._live
+        needed = live.tail.offset + size + SEAL_BYTES
+        if self._next is None and needed > self._segment_bytes and live.tail.offset > HEAD_BYTES:
+            self._next = self._create_segment(live.tail, HEAD_BYTES + size + SEAL_BYTES)
+        if self._next is not None:
+            self._seal(live.fd, self._next.head)
+            self._files.close(live.fd)
+            live = self._live = self._next
+            self._next = None
+            with self._mutex:
+                self.heads = (*self.heads, live.head)
+            needed = live.tail.offset + size + SEAL_BYTES
+        if needed > live.allocated:
+            end = max(needed, self._segment_bytes)
+            self._files.allocate(live.fd, live.allocated, end - live.allocated)
+            live.allocated = end
+        return live
+
+    def _create_segment(
+        self, before: Tail, room: int, carried: UnprovenFrame | None = None
+    ) -> LiveSegment:
+        number = before.segment + 1
+        content, head = encode_head(
+            number, prev_end=before.offset, salt=self._salt, epoch=self._epoch, tail=before
+        )
+        tail = head.tail
+        if carried is not None:
+            data, chain = encode_frame(
+                FrameKind.DATA,
+                carried.payload,
+                salt=self._salt,
+                segment=number,
+                offset=tail.offset,
+                first_revision=carried.header.first_revision,
+                commits=carried.header.commits,
+                rows=carried.header.rows,
+                epoch=self._epoch,
+                committed=carried.header.committed,
+                prev_chain=tail.chain,
+            )
+            content += data
+            revision = carried.header.next_revision - 1
+            tail = Tail(number, len(content), revision, chain)
+        capacity = max(self._segment_bytes, room, len(content) + SEAL_BYTES)
+        fd = create_segment(self._files, self._directory, number, content, capacity)
+        self.syncs += 1
+        return LiveSegment(head, fd, capacity, tail)
+
+    def _seal_file(self, head: SegmentHead, successor: SegmentHead) -> None:
+        fd = self._files.open(self._path(head), write=True)
+        try:
+            self._seal(fd, successor)
+        finally:
+            self._files.close(fd)
+
+    def _seal(self, fd: int, successor: SegmentHead) -> None:
+        """End a segment where its successor, which is durable, says that it ends."""
+        end = successor.prev_end
+        seal = encode_seal(successor, salt=self._salt, epoch=self._epoch)
+        self._files.truncate(fd, end)
+        write_all(self._files, fd, seal, end)
+        self._sync(fd)
+
+    def _sync(self, fd: int) -> None:
+        self._files.sync_data(fd)
+        self.syncs += 1
+
+    def _undo(self, error: OSError) -> None:
+        """Leave nothing of a write that did not fit; give up for good if that cannot be known."""
+        live = self._live
+        if is_full(error):
+            try:
+                self._files.truncate(live.fd, live.tail.offset)
+            except OSError as second:
+                error = second
+            else:
+                live.allocated = live.tail.offset
+                return
+        self._failure = StorageError(
+            f"Writing {str(self._path(live.head))!r} failed ({error.strerror}). Whether the last "
+            f"batch survives is unknown; exit and open the store again.",
+            code="sync_failed",
+        )
+        raise self._failure from error
+
+    def _path(self, head: SegmentHead) -> Path:
+        return segment_path(self._directory, head.number)

@@ -1,0 +1,271 @@
+"""Doubles to test agents with: a model that follows a script, and a clock that waits for no one."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import inspect
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+from ag_ui.core import (
+    Event,
+    ReasoningEndEvent,
+    ReasoningMessageEndEvent,
+    ReasoningMessageStartEvent,
+    ReasoningStartEvent,
+    StepStartedEvent,
+    TextMessageEndEvent,
+    TextMessageStartEvent,
+    ToolCallEndEvent,
+    ToolCallStartEvent,
+)
+from pydantic import BaseModel
+
+from aidb_ray.errors import ModelError
+from aidb_ray.models.base import ModelMessage, Usage
+from aidb_ray.models.events import reasoning_content, text_content, tool_call_args
+from aidb_ray.models.round import ROUND_STEP, finish_round
+from aidb_ray.models.tools import Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Text of the answer, streamed word by word."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Think:
+    """Reasoning that is shown before the answer, streamed word by word."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallTool:
+    """A tool call; `args` may be text, to send arguments that are not even JSON."""
+
+    name: str
+    args: Mapping[str, Any] | str = field(default_factory=dict[str, Any])
+    id: str | None = None
+
+
+_WORD = re.compile(r"\S+\s*|\s+")
+
+Part: TypeAlias = str | Say | Think | CallTool | Exception
+Reply: TypeAlias = Part | Sequence[Part]
+Player: TypeAlias = Callable[[Sequence[ModelMessage]], Reply | Awaitable[Reply]]
+
+
+class Clock(Protocol):
+    """Time as a model or a test sees it."""
+
+    def now_ms(self) -> int:
+        """Return the time in milliseconds, from any origin; it never goes back."""
+        ...
+
+    async def sleep_ms(self, duration_ms: float) -> None:
+        """Return once `duration_ms` have passed."""
+        ...
+
+
+class FakeClock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self, now_ms: int = 0) -> None:
+        self._now_ms: float = now_ms
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._tickets = count()
+
+    def now_ms(self) -> int:
+        """See `Clock.now_ms`."""
+        return int(self._now_ms)
+
+    @property
+    def sleepers(self) -> int:
+        """How many are asleep."""
+        return sum(not sleeper.done() for _, _, sleeper in self._sleepers)
+
+    def advance(self, duration_ms: float) -> None:
+        """Let time pass; sleepers whose time has come wake in the order of their times."""
+        if duration_ms < 0:
+            raise ValueError(f"Time cannot go back by {-duration_ms} ms.")
+        self._now_ms += duration_ms
+        while self._sleepers and self._sleepers[0][0] <= self._now_ms:
+            sleeper = heapq.heappop(self._sleepers)[2]
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+    async def sleep_ms(self, duration_ms: float) -> None:
+        """See `Clock.sleep_ms`; zero or less returns at once."""
+        if duration_ms <= 0:
+            return
+        sleeper = asyncio.get_running_loop().create_future()
+        entry = (self._now_ms + duration_ms, next(self._tickets), sleeper)
+        heapq.heappush(self._sleepers, entry)
+        await sleeper
+
+
+class LoopClock:
+    """The clock of the running event loop."""
+
+    def now_ms(self) -> int:
+        """See `Clock.now_ms`."""
+        return int(asyncio.get_running_loop().time() * 1_000)
+
+    async def sleep_ms(self, duration_ms: float) -> None:
+        """See `Clock.sleep_ms`."""
+        await asyncio.sleep(duration_ms / 1_000)
+
+
+class ScriptedModel:
+    """A `TextAdapter` that says what it is told to, at once and always in the same words.
+
+    A reply is text, a part, or a list of parts. Text is streamed word by word; a list of plain
+    strings is streamed string by string. `CallTool` parts of one reply are parallel calls. An
+    exception as a part is raised at its place. Ids of messages and calls count from the length
+    of the conversation, so they are the same whenever the same conversation is played. Usage
+    counts a token per message read and per fragment written.
+
+    Args:
+        script: A list, of which each round takes the next reply, whoever asks; or a function of
+            the conversation, plain or async, which needs no memory and so plays on after a crash
+            and for many sessions at once.
+        tokens_per_second: How fast fragments come; None is as fast as they are read.
+        fail_at: `3` fails the fourth round asked of this object, before its first event;
+            `(3, 5)` fails it in place of its sixth event. The error is a retryable `ModelError`
+            with code `scripted_failure`. A round that fails takes no reply from the list, so
+            asking again gets the answer.
+        clock: What `tokens_per_second` is measured by.
+
+    It pickles when `script` does, and counts afresh in the other process.
+    """
+
+    def __init__(
+        self,
+        script: Sequence[Reply] | Player,
+        *,
+        tokens_per_second: float | None = None,
+        fail_at: int | tuple[int, int] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if isinstance(script, str):
+            raise TypeError("The script is a list of replies; put the text into a list.")
+        if tokens_per_second is not None and tokens_per_second <= 0:
+            raise ValueError(f"tokens_per_second is {tokens_per_second}; it must be positive.")
+        self._script = script
+        self._interval_ms = 0.0 if tokens_per_second is None else 1_000 / tokens_per_second
+        self._fail_at = (fail_at, 0) if isinstance(fail_at, int) else fail_at
+        self._clock = clock or LoopClock()
+        self._rounds_asked = 0
+        self._replies_taken = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rounds_asked": 0, "_replies_taken": 0}
+
+    @property
+    def rounds_asked(self) -> int:
+        """How many rounds were asked of this object, failed ones included."""
+        return self._rounds_asked
+
+    async def stream(
+        self,
+        messages: Sequence[ModelMessage],
+        *,
+        tools: Sequence[Tool] = (),
+        system_prompts: Sequence[str] = (),
+        output_schema: type[BaseModel] | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """See `TextAdapter.stream`; only `messages` matters to a script."""
+        fails_at = self._next_failure()
+        if fails_at == 0:
+            raise _scripted_failure()
+        reply = await self._choose_reply(messages, is_taken=fails_at is None)
+        interval_ms = self._interval_ms
+        for sent, event in enumerate(_play(reply, len(messages))):
+            if sent == fails_at:
+                raise _scripted_failure()
+            if interval_ms and hasattr(event, "delta"):
+                await self._clock.sleep_ms(interval_ms)
+            yield event
+
+    def _next_failure(self) -> int | None:
+        asked = self._rounds_asked
+        self._rounds_asked += 1
+        if self._fail_at is None or self._fail_at[0] != asked:
+            return None
+        return self._fail_at[1]
+
+    async def _choose_reply(self, messages: Sequence[ModelMessage], *, is_taken: bool) -> Reply:
+        if callable(self._script):
+            reply = self._script(messages)
+            return await reply if inspect.isawaitable(reply) else reply
+        if self._replies_taken == len(self._script):
+            raise ModelError(
+                f"The script has {len(self._script)} replies and one more was asked for.",
+                code="script_ended",
+                retryable=False,
+            )
+        reply = self._script[self._replies_taken]
+        self._replies_taken += is_taken
+        return reply
+
+
+def _scripted_failure() -> ModelError:
+    return ModelError("The script says to fail here.", code="scripted_failure", retryable=True)
+
+
+def _play(reply: Reply, position: int) -> Iterator[Event]:
+    """Yield the events of one round of a conversation of `position` messages."""
+    parts: Sequence[Part]
+    if isinstance(reply, str):
+        parts = [Say(reply)]
+    elif isinstance(reply, Say | Think | CallTool | Exception):
+        parts = [reply]
+    else:
+        parts = reply
+    yield StepStartedEvent(step_name=ROUND_STEP)
+    written = calls = texts = 0
+    text_id = ""
+    for part in parts:
+        if isinstance(part, str | Say):
+            if not text_id:
+                text_id = f"message-{position}-{texts}"
+                texts += 1
+                yield TextMessageStartEvent(message_id=text_id, role="assistant")
+            for fragment in (part,) if isinstance(part, str) else _WORD.findall(part.text):
+                written += 1
+                yield text_content(text_id, fragment)
+            continue
+        if text_id:
+            yield TextMessageEndEvent(message_id=text_id)
+            text_id = ""
+        match part:
+            case CallTool(name, args, id_):
+                id_ = id_ or f"call-{position}-{calls}"
+                calls += 1
+                written += 1
+                yield ToolCallStartEvent(tool_call_id=id_, tool_call_name=name)
+                args_json = args if isinstance(args, str) else msgspec.json.encode(args).decode()
+                yield tool_call_args(id_, args_json)
+                yield ToolCallEndEvent(tool_call_id=id_)
+            case Think(text):
+                id_ = f"reasoning-{position}"
+                yield ReasoningStartEvent(message_id=id_)
+                yield ReasoningMessageStartEvent(message_id=id_, role="reasoning")
+                for fragment in _WORD.findall(text):
+                    written += 1
+                    yield reasoning_content(id_, fragment)
+                yield ReasoningMessageEndEvent(message_id=id_)
+                yield ReasoningEndEvent(message_id=id_)
+            case Exception():
+                raise part
+    if text_id:
+        yield TextMessageEndEvent(message_id=text_id)
+    yield finish_round("tool_calls" if calls else "stop", Usage(position, written))

@@ -1,0 +1,232 @@
+"""Solves word problems with an agent and a calculator, one durable conversation each.
+
+    python -m examples.word_problems                           the problems that come with it
+    python -m examples.word_problems --data test.jsonl         GSM8K, or any file of its form
+    python -m examples.word_problems --kill-every 2            while its processes are killed
+
+No key is needed: the model plays the reference solutions. Stop it at any time, even by SIGKILL; the
+same command goes on where it was and repeats nothing that was finished. See it in
+`word_problems_parts/witness.py` how that is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import aidb_ray
+from aidb_ray import Agent, Database, TextAdapter, create_agent, durable_agent, eq, openai_text
+from aidb_ray.testing import ScriptedModel
+from examples.word_problems_parts.killer import Killer
+from examples.word_problems_parts.place import Place, join_words, name_task, open_place
+from examples.word_problems_parts.player import Player, WitnessedModel, make_calculator
+from examples.word_problems_parts.problems import Problem, load_problems
+from examples.word_problems_parts.report import Found, judge, make_table
+
+INSTRUCTIONS = (
+    "Solve the problem step by step. Use the calculator for every calculation. "
+    "Write the answer, a number alone, on the last line after '#### '."
+)
+# The longest solution of GSM8K calls the calculator 8 times; a real model may try again.
+MAX_ROUNDS = 24
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    data: Path
+    data_dir: Path | None
+    address: str | None
+    json: Path | None
+    openai: str | None
+    base_url: str | None
+    break_calculator: bool
+    kill_every: float | None
+    concurrency: int
+    shards: int
+
+    def open_place(self) -> Place:
+        """Open the directory that belongs to these options.
+
+        Without `data_dir`, each way of running has its own, so that the same command goes on and
+        another starts afresh.
+        """
+        task = name_task(self.data, "broken" if self.break_calculator else "", self.openai or "")
+        if self.data_dir:
+            return open_place(self.data_dir, task)
+        killing = f"kill-{self.kill_every:g}" if self.kill_every else ""
+        name = join_words(task, killing, self.address or "")
+        return open_place(Path("out/word_problems", name), task)
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="word_problems", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    shipped = Path(__file__).with_name("problems.jsonl")
+    add("--data", type=Path, default=shipped, help="problems in GSM8K's JSONL form")
+    add("--data-dir", type=Path, help="where rows and witnesses are kept (default: under out/)")
+    add("--address", help="a Ray cluster to use (default: one of its own); 'local': without Ray")
+    add("--json", type=Path, help="write the figures to this file")
+    add("--openai", metavar="MODEL", help="ask this model instead of playing the references")
+    add("--base-url", help="server of that model, if it is not OpenAI's")
+    add("--break-calculator", action="store_true", help="let the calculator add 1 to each result")
+    add("--kill-every", type=float, metavar="SECONDS", help="SIGKILL a random process so often")
+    add("--concurrency", type=int, default=256, help="conversations at once")
+    add("--shards", type=int, default=1, help="processes that the agent runs on")
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+async def solve(options: Options, place: Place, console: Console) -> Found:
+    """Have every problem answered and collect what is to be judged."""
+    problems = load_problems(options.data)
+    started_ns = time.monotonic_ns()
+    place.events.note(event="start")
+    async with await aidb_ray.connect(
+        options.address, data_dir=str(place.store), database=place.database
+    ) as db:
+        agent = create_solver(options, place)
+        await agent.ready()
+        before = time.monotonic()
+        await answer_all(problems, agent, db, options, place, console)
+        seconds = time.monotonic() - before
+        replies, tokens = await read_outcome(problems, agent, db)
+    place.events.note(event="end")
+    return Found(
+        problems=problems,
+        replies=replies,
+        rounds=place.rounds.read(),
+        calls=place.calls.read(),
+        events=place.events.read(),
+        is_scripted=options.openai is None,
+        tokens=tokens,
+        started_ns=started_ns,
+        seconds=seconds,
+    )
+
+
+def create_solver(options: Options, place: Place) -> Agent:
+    """Start the agent, or find it where it already runs."""
+    data = options.data.resolve()
+    adapter: TextAdapter = (
+        openai_text(options.openai, base_url=options.base_url)
+        if options.openai
+        else ScriptedModel(Player(data))
+    )
+    calculator = make_calculator(place.calls, is_broken=options.break_calculator)
+    return create_agent(
+        durable_agent(
+            name="solver",
+            instructions=INSTRUCTIONS,
+            adapter=WitnessedModel(adapter, place.rounds, data),
+            tools=[calculator],
+            stream_url="aidb://problems/*",
+            max_iterations=MAX_ROUNDS,
+            max_running=options.concurrency,
+            shards=options.shards,
+        )
+    )
+
+
+async def answer_all(
+    problems: Sequence[Problem],
+    agent: Agent,
+    db: Database,
+    options: Options,
+    place: Place,
+    console: Console,
+) -> None:
+    """Ask every question and wait for every reply; show how it goes."""
+    slots = asyncio.Semaphore(options.concurrency)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[right]} right"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    bar = progress.add_task("answered", total=len(problems), right=0)
+    right = 0
+
+    async def ask(problem: Problem) -> None:
+        nonlocal right
+        async with slots:
+            # The id makes asking again harmless: the first question and its reply are found.
+            handle = agent.send(
+                problem.question,
+                session=problem.session,
+                actor_id="student",
+                message_id=f"question-{problem.index}",
+            )
+            reply = await handle.reply()
+        right += problem.is_solved_by(reply.content)
+        progress.update(bar, advance=1, right=right)
+
+    with progress:
+        async with asyncio.TaskGroup() as tasks:
+            killing = None
+            if options.kill_every:
+                killer = Killer(db.processes, place.events, options.kill_every)
+                killing = tasks.create_task(killer.run())
+            async with asyncio.TaskGroup() as asking:
+                for problem in problems:
+                    asking.create_task(ask(problem))
+            if killing:
+                killing.cancel()
+
+
+async def read_outcome(
+    problems: Sequence[Problem], agent: Agent, db: Database
+) -> tuple[dict[str, list[str]], int]:
+    """Return every reply by session, and the tokens of all finished rounds, from the rows."""
+    replies: dict[str, list[str]] = {}
+    tokens = 0
+    slots = asyncio.Semaphore(64)
+
+    async def read(problem: Problem) -> None:
+        nonlocal tokens
+        session = db.session(problem.session)
+        async with slots:
+            messages = await db.query(
+                lambda q: q.from_(m=session.messages).where(lambda m: eq(m.actor_id, agent.name))
+            )
+            generations = await db.query(lambda q: q.from_(g=session.generations))
+        replies[problem.session] = [message.content for message in messages]
+        tokens += sum(each.usage.output_tokens for each in generations if each.usage)
+
+    async with asyncio.TaskGroup() as reading:
+        for problem in problems:
+            reading.create_task(read(problem))
+    return replies, tokens
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the example; 0 if all went as it must."""
+    options = parse_options(arguments)
+    console = Console()
+    place = options.open_place()
+    found = asyncio.run(solve(options, place, console))
+    report, wrongs = judge(found)
+    console.print(make_table(report, found, place.root))
+    if options.json:
+        report.write(options.json)
+    for wrong in wrongs[:20]:
+        console.print(f"[red]{wrong}")
+    must_be_right = not options.break_calculator and not options.openai
+    return int(bool(wrongs) or (must_be_right and report.right < report.conversations))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from aidb_ray import UnavailableError
+from examples.word_problems_parts.killer import Killer, choose_victim
+from examples.word_problems_parts.place import name_task, open_place
+from examples.word_problems_parts.problems import Problem
+from examples.word_problems_parts.report import Found, judge, make_table
+from examples.word_problems_parts.witness import (
+    Interruption,
+    Repeats,
+    Witness,
+    find_interruptions,
+    find_repeats,
+)
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "problems.jsonl"
+
+
+def test_lines_of_several_processes_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    program = (
+        "from pathlib import Path; from examples.word_problems_parts.witness import Witness\n"
+        f"for n in range(200): Witness(Path({str(path)!r})).note(session='s', key=str(n))"
+    )
+
+    writers = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(3)]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
+
+    lines = Witness(path).read()
+    assert len(lines) == 600
+    assert len({line["pid"] for line in lines}) == 3
+    assert [line["at_ns"] for line in lines] == sorted(line["at_ns"] for line in lines)
+
+
+def line(at_ns: int, key: str = "k", session: str = "s") -> dict[str, Any]:
+    return {"at_ns": at_ns, "session": session, "key": key}
+
+
+@pytest.mark.parametrize(
+    ("interruptions", "unexplained"),
+    [
+        ([], ["s k"]),
+        ([Interruption(15, 16)], []),
+        ([Interruption(8, 10)], []),
+        ([Interruption(20, 22)], []),
+        ([Interruption(5, 25)], []),
+        ([Interruption(5, 9)], ["s k"]),
+        ([Interruption(21, 30)], ["s k"]),
+    ],
+)
+def test_a_repeat_needs_a_kill_between(
+    interruptions: list[Interruption], unexplained: list[str]
+) -> None:
+    lines = [line(1, "other"), line(10), line(12, session="t"), line(20)]
+
+    assert find_repeats(lines, interruptions) == Repeats(1, unexplained)
+
+
+def test_each_repeat_needs_a_kill_of_its_own() -> None:
+    lines = [line(10), line(20), line(30)]
+
+    assert find_repeats(lines, [Interruption(15, 15)]) == Repeats(2, ["s k"])
+
+
+def event(at_ns: int, name: str, **more: Any) -> dict[str, Any]:
+    return {"at_ns": at_ns, "event": name, **more}
+
+
+def test_a_kill_lasts_until_the_process_is_gone() -> None:
+    events = [event(1, "start"), event(9, "kill", from_ns=7), event(20, "end")]
+
+    assert find_interruptions(events, [line(3), line(12)]) == [Interruption(7, 9)]
+
+
+def test_a_driver_without_end_was_killed_after_its_last_line() -> None:
+    lines = [line(3), line(12), line(31)]
+
+    found = find_interruptions([event(1, "start"), event(30, "start"), event(40, "end")], lines)
+    ended = find_interruptions([event(1, "start"), event(20, "end"), event(30, "start")], lines)
+    idle = find_interruptions([event(1, "start"), event(2, "start")], lines)
+
+    assert found == [Interruption(12, 30)]
+    assert ended == []
+    assert idle == [Interruption(2, 2)]
+
+
+@dataclass(frozen=True)
+class Process:
+    kind: str
+    pid: int = 0
+    running: int = 0
+    serving: bool = True
+
+
+PROCESSES = [Process("store"), Process("agent", running=3), Process("agent")]
+
+
+def kill_order(processes: Sequence[Process], kills: int, seed: int) -> list[str]:
+    rng, killed = random.Random(seed), list[str]()
+    for _ in range(kills):
+        victim = choose_victim(processes, killed, rng)
+        assert victim is not None
+        name = "store" if victim.kind == "store" else "shard at work"
+        killed.append(name if victim.kind == "store" or victim.running else "idle shard")
+    return killed
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stores_and_shards_at_work_take_turns_until_each_was_hit_twice(seed: int) -> None:
+    killed = kill_order(PROCESSES, 4, seed)
+
+    assert killed.count("store") == killed.count("shard at work") == 2
+    assert all(first != second for first, second in itertools.pairwise(killed[:3]))
+
+
+def test_after_that_anything_may_be_hit() -> None:
+    later = {name for seed in range(20) for name in kill_order(PROCESSES, 8, seed)[4:]}
+
+    assert later == {"store", "shard at work", "idle shard"}
+
+
+def test_nothing_is_killed_while_what_is_wanted_is_not_there() -> None:
+    rng = random.Random(1)
+
+    assert choose_victim([Process("store"), Process("agent")], ["store", "store"], rng) is None
+    assert choose_victim([], ["store", "shard at work"] * 2, rng) is None
+
+
+async def test_the_killer_waits_until_all_serve_and_notes_whom_it_killed(tmp_path: Path) -> None:
+    witness = Witness(tmp_path / "events.jsonl")
+    sleeper = "import time; time.sleep(60)"
+    victim = await asyncio.create_subprocess_exec(sys.executable, "-c", sleeper)
+    healthy = [Process("agent", pid=victim.pid, running=1), Process("store", pid=victim.pid)]
+    answers: list[list[Process] | Exception] = [
+        UnavailableError("starting", outcome="not_applied"),
+        [replace(healthy[0], serving=False), healthy[1]],
+        healthy,
+        healthy,
+    ]
+    looked_again = asyncio.Event()
+
+    async def list_processes() -> list[Process]:
+        if not answers:
+            looked_again.set()
+            return []
+        assert victim.returncode is None
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    killing = asyncio.create_task(Killer(list_processes, witness, 0).run())
+    await victim.wait()
+    await looked_again.wait()
+    killing.cancel()
+
+    (noted,) = witness.read()
+    assert victim.returncode == -signal.SIGKILL
+    assert noted["event"] == "kill"
+    assert noted["victim"] in {"store", "shard at work"}
+    assert noted["victim_pid"] == victim.pid
+    assert noted["from_ns"] <= noted["at_ns"]
+    assert answers == []
+
+
+PROBLEM = Problem(0, "?", "<<1+1=2>>2\n#### 2")
+
+
+def found(**changes: Any) -> Found:
+    session = PROBLEM.session
+    usual = Found(
+        problems=[PROBLEM],
+        replies={session: ["#### 2"]},
+        rounds=[line(2, "0", session), line(4, "1", session)],
+        calls=[line(3, "c", session)],
+        events=[event(1, "start"), event(5, "end")],
+        is_scripted=True,
+        tokens=7,
+        started_ns=1,
+        seconds=0.5,
+    )
+    return replace(usual, **changes)
+
+
+def test_a_good_run_has_nothing_wrong() -> None:
+    report, wrongs = judge(found())
+
+    assert wrongs == []
+    assert (report.conversations, report.right, report.replies) == (1, 1, 1)
+    assert (report.model_rounds, report.tool_calls) == (2, 1)
+    assert (report.repeated_rounds, report.duplicate_tool_calls, report.kills) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"replies": {}}, "aidb://problems/0 has 0 replies"),
+        ({"replies": {PROBLEM.session: ["#### 2"] * 2}}, "aidb://problems/0 has 2 replies"),
+        (
+            {"calls": [line(3, "c", PROBLEM.session), line(4, "c", PROBLEM.session)]},
+            "call aidb://problems/0 c was repeated without a kill",
+        ),
+        (
+            {"calls": [line(3, "c", PROBLEM.session), line(4, "d", PROBLEM.session)]},
+            "2 different calls were made, not 1",
+        ),
+        ({"rounds": [line(2, "0", PROBLEM.session)]}, "1 different rounds were made, not 2"),
+    ],
+)
+def test_what_must_not_happen_is_said(changes: Mapping[str, Any], wrong: str) -> None:
+    assert judge(found(**changes))[1] == [wrong]
+
+
+def test_a_repeat_across_a_kill_is_counted_and_not_wrong() -> None:
+    kill = event(4, "kill", victim="shard at work", from_ns=3)
+    twice = [line(3, "c", PROBLEM.session), line(6, "c", PROBLEM.session)]
+
+    report, wrongs = judge(found(events=[event(1, "start"), kill, event(9, "end")], calls=twice))
+
+    assert wrongs == []
+    assert (report.tool_calls, report.duplicate_tool_calls) == (2, 1)
+    assert (report.kills, report.kills_of_store, report.kills_of_shards_at_work) == (1, 0, 1)
+
+
+def test_a_wrong_answer_is_not_right() -> None:
+    assert judge(found(replies={PROBLEM.session: ["#### 3"]}))[0].right == 0
+
+
+def test_the_figures_have_the_names_that_programs_rely_on(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+
+    judge(found())[0].write(path)
+
+    names = "conversations right replies model_rounds repeated_rounds tool_calls"
+    names += " duplicate_tool_calls kills kills_of_store kills_of_shards_at_work seconds"
+    assert " ".join(json.loads(path.read_text())) == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [({}, "4 rounds/s"), ({"started_ns": 9}, "the model was not called")],
+)
+def test_the_table_tells_this_run_from_those_before(changes: Mapping[str, Any], shown: str) -> None:
+    run = found(**changes)
+    console = Console(record=True, width=120, file=io.StringIO())
+
+    console.print(make_table(judge(run)[0], run, Path("/data")))
+
+    assert shown in console.export_text()
+
+
+def test_the_same_task_finds_its_directory_and_another_is_refused(tmp_path: Path) -> None:
+    task = name_task(SHIPPED, "")
+
+    assert open_place(tmp_path, task) == open_place(tmp_path, task)
+    with pytest.raises(ValueError, match="holds the task"):
+        open_place(tmp_path, name_task(SHIPPED, "broken"))
+
+
+def test_a_database_is_named_for_its_directory(tmp_path: Path) -> None:
+    places = [open_place(tmp_path / name, "task") for name in ("a", "b")]
+
+    assert len({place.database for place in places}) == 2
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+", place.database) for place in places)
