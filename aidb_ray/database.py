@@ -177,6 +177,10 @@ class Database:
             )
         return partitions[bucket_of(session) % len(partitions)]
 
+    def sites_of(self, session: str) -> list[Partition]:
+        """Return the partitions that hold a session, or the sessions of a pattern."""
+        return self.partitions if session.endswith("*") else [self.site_of(session)]
+
     # What is in it.
 
     def session(self, url: str) -> Session:

@@ -12,25 +12,13 @@ from itertools import count
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
-from ag_ui.core import (
-    Event,
-    ReasoningEndEvent,
-    ReasoningMessageEndEvent,
-    ReasoningMessageStartEvent,
-    ReasoningStartEvent,
-    StepStartedEvent,
-    TextMessageEndEvent,
-    TextMessageStartEvent,
-    ToolCallEndEvent,
-    ToolCallStartEvent,
-)
+from ag_ui.core import Event
 from pydantic import BaseModel
 
 from aidb_ray.errors import ModelError
 from aidb_ray.models.base import ModelMessage, Usage
-from aidb_ray.models.events import reasoning_content, text_content, tool_call_args
-from aidb_ray.models.round import ROUND_STEP, finish_round
 from aidb_ray.models.tools import Tool
+from aidb_ray.models.writer import RoundWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +119,7 @@ class ScriptedModel:
     strings is streamed string by string. `CallTool` parts of one reply are parallel calls. An
     exception as a part is raised at its place. Ids of messages and calls count from the length
     of the conversation, so they are the same whenever the same conversation is played. Usage
-    counts a token per message read and per fragment written.
+    counts a token per message read and per part written.
 
     Args:
         script: A list, of which each round takes the next reply, whoever asks; or a function of
@@ -230,42 +218,29 @@ def _play(reply: Reply, position: int) -> Iterator[Event]:
         parts = [reply]
     else:
         parts = reply
-    yield StepStartedEvent(step_name=ROUND_STEP)
-    written = calls = texts = 0
-    text_id = ""
+    writer = RoundWriter()
+    text_id, reasoning_id = f"message-{position}", f"reasoning-{position}"
+    written = calls = 0
     for part in parts:
-        if isinstance(part, str | Say):
-            if not text_id:
-                text_id = f"message-{position}-{texts}"
-                texts += 1
-                yield TextMessageStartEvent(message_id=text_id, role="assistant")
-            for fragment in (part,) if isinstance(part, str) else _WORD.findall(part.text):
-                written += 1
-                yield text_content(text_id, fragment)
-            continue
-        if text_id:
-            yield TextMessageEndEvent(message_id=text_id)
-            text_id = ""
+        written += 1
         match part:
-            case CallTool(name, args, id_):
-                id_ = id_ or f"call-{position}-{calls}"
-                calls += 1
-                written += 1
-                yield ToolCallStartEvent(tool_call_id=id_, tool_call_name=name)
-                args_json = args if isinstance(args, str) else msgspec.json.encode(args).decode()
-                yield tool_call_args(id_, args_json)
-                yield ToolCallEndEvent(tool_call_id=id_)
+            case str():
+                writer.text(part, text_id)
+            case Say(text):
+                for word in _WORD.findall(text):
+                    writer.text(word, text_id)
             case Think(text):
-                id_ = f"reasoning-{position}"
-                yield ReasoningStartEvent(message_id=id_)
-                yield ReasoningMessageStartEvent(message_id=id_, role="reasoning")
-                for fragment in _WORD.findall(text):
-                    written += 1
-                    yield reasoning_content(id_, fragment)
-                yield ReasoningMessageEndEvent(message_id=id_)
-                yield ReasoningEndEvent(message_id=id_)
+                for word in _WORD.findall(text):
+                    writer.reasoning(word, reasoning_id)
+            case CallTool(name, args, id_):
+                call_id = id_ or f"call-{position}-{calls}"
+                calls += 1
+                writer.start_call(call_id, name)
+                args_json = args if isinstance(args, str) else msgspec.json.encode(args).decode()
+                writer.call_args(call_id, args_json)
+                writer.end_call(call_id)
             case Exception():
                 raise part
-    if text_id:
-        yield TextMessageEndEvent(message_id=text_id)
-    yield finish_round("tool_calls" if calls else "stop", Usage(position, written))
+        yield from writer.take()
+    writer.finish("tool_calls" if calls else "stop", Usage(position, written))
+    yield from writer.take()

@@ -69,7 +69,7 @@ def instant_of(value: Plain) -> Plain:
     if instant is None:
         raise QueryError(
             f"{value!r} is compared with an instant but is not ISO 8601 with an offset.",
-            code="timezone_required",
+            code="invalid_instant",
         )
     return instant
 

@@ -102,6 +102,7 @@ class Pipeline(Generic[R]):
         target: _Placed = _Distinct(self._answer) if query.is_distinct else self._answer
         self._groups, self._first = _stages(query, target)
         self._rows: list[R] | None = None
+        self._revision = 0
 
     @property
     def rows(self) -> list[R]:
@@ -109,6 +110,16 @@ class Pipeline(Generic[R]):
         if self._rows is None:
             self._rows = [self._shown(entry) for entry in self._answer.in_order()]
         return self._rows.copy()
+
+    def enters(self) -> list[Delta[R]]:
+        """Return the answer as deltas for someone who knows nothing of it yet, in order.
+
+        Their revision is that of the newest change taken in.
+        """
+        return [
+            Delta("enter", entry.key, self._shown(entry), self._revision)
+            for entry in self._answer.in_order()
+        ]
 
     def advance(self, changes: Iterable[RowChange]) -> list[Delta[R]]:
         """Take in the changes of one commit or snapshot, and return what they do to the answer.
@@ -128,6 +139,7 @@ class Pipeline(Generic[R]):
             if row is not None and keeps is not None and not keeps(row):
                 row = None
             put(change.key, row, change.revision)
+            self._revision = max(self._revision, change.revision)
         return self._deltas()
 
     def restart(self, snapshot: Iterable[RowChange], *, revision: int) -> list[Delta[R]]:

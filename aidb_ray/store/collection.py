@@ -73,6 +73,10 @@ class Sites(Protocol):
         """Return the partition of a session."""
         ...
 
+    def sites_of(self, session: str) -> Sequence[Site]:
+        """Return the partitions that hold a session, or the sessions of a pattern."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class RowChange(Generic[R]):

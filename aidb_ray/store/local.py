@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+import msgspec
 
 from aidb_ray.store.changes import Change, Filter, FoundRow, StoredRow, bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.subscription import Subscription
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 MAX_OWN_ROWS = 10_000
 """Durable own writes kept for collections that this process does not follow."""
@@ -182,8 +186,8 @@ def _newer(own: _Own, synced: StoredRow | None) -> StoredRow | None:
 class View:
     """The rows of one filter as this process sees them, kept current.
 
-    `on_events` hears every row at first, then each that changes; rows that fail `filter.where`
-    may be among them.
+    `on_events` hears every row at first, then each that changes. A row that no longer passes
+    `filter.where` counts as gone; own writes are shown whether they pass or not.
     """
 
     def __init__(
@@ -254,9 +258,10 @@ class View:
     def _on_changes(self, changes: Sequence[Change]) -> None:
         collection = self.filter.collection
         changed: dict[Place, None] = {}
+        accepts = self.filter.accepts if self.filter.where else None
         for change in changes:
             place = (change.session, change.key)
-            if change.value is None:
+            if change.value is None or (accepts and not accepts(_decode(change.value))):
                 self.synced.pop(place, None)
             else:
                 self.synced[place] = StoredRow(change.revision, change.value)

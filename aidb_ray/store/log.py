@@ -7,10 +7,8 @@ and one sync per frame; whoever sees `append` return may tell others.
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -18,7 +16,7 @@ from typing import Final
 import pyarrow as pa
 
 from aidb_ray.errors import CompactedError, CorruptionError, StoreMismatchError
-from aidb_ray.store.compaction import ChunkIndex, keep_chunks
+from aidb_ray.store.chunk_files import ChunkReader, keep_chunks
 from aidb_ray.store.directory import (
     DirectoryLock,
     Meta,
@@ -30,17 +28,15 @@ from aidb_ray.store.directory import (
 from aidb_ray.store.files import FileSystem, is_full
 from aidb_ray.store.frames import (
     CHUNK_SCHEMA,
-    HEADER_SIZE,
     Frame,
     FrameHeader,
     Rows,
     decode_chunks,
-    decode_header,
     decode_rows,
     encode_payload,
-    is_intact,
     split_payload,
 )
+from aidb_ray.store.memory import LogStats, MemoryLog
 from aidb_ray.store.recovery import Recovered, first_needed, recover
 from aidb_ray.store.segments import (
     Position,
@@ -48,7 +44,6 @@ from aidb_ray.store.segments import (
     SegmentReader,
     SegmentWalk,
     Tail,
-    chunks_path,
     create_segment,
     encode_head,
     segment_path,
@@ -57,6 +52,7 @@ from aidb_ray.store.snapshots import Snapshot, Snapshots, SnapshotWriter
 from aidb_ray.store.writer import LogWriter
 
 __all__ = [
+    "CHUNK_SCHEMA",
     "CommitLog",
     "Frame",
     "LogStats",
@@ -72,26 +68,6 @@ logger = logging.getLogger(__name__)
 
 _GROUP_FRAMES: Final = 256
 _GROUP_BYTES: Final = 4 << 20
-_CACHE_BYTES: Final = 16 << 20
-_FIRST_READ_BYTES: Final = 16 << 10
-_CACHED_INDEXES: Final = 8
-_NO_CHUNKS: Final = pa.RecordBatch.from_pylist([], schema=CHUNK_SCHEMA)
-
-
-@dataclass(frozen=True, slots=True)
-class LogStats:
-    """Counts since the log was opened.
-
-    Attributes:
-        bytes: Written to segments, frame headers included.
-        filesystem_type: Where the directory is, such as `ext4`; `memory` for a `MemoryLog`.
-    """
-
-    fdatasyncs: int = 0
-    frames: int = 0
-    rows: int = 0
-    bytes: int = 0
-    filesystem_type: str = "memory"
 
 
 def create_store(
@@ -149,8 +125,7 @@ class CommitLog:
         self._meta = meta
         self._writer = writer
         self._snapshots = snapshots
-        self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
-        self._cache = ChunkCache(_CACHE_BYTES)
+        self._chunks = ChunkReader(home.files, home.log, meta.salt)
         self._stats = LogStats(filesystem_type=filesystem_type)
         self.torn_bytes = torn_bytes
 
@@ -341,11 +316,7 @@ class CommitLog:
         Raises:
             CorruptionError: the frame is damaged or missing.
         """
-        chunks = self._cache.find(position)
-        if chunks is None:
-            chunks = self._load_chunks(position)
-            self._cache.add(position, chunks)
-        return chunks.slice(start, count)
+        return self._chunks.read(position).slice(start, count)
 
     def snapshot(self) -> Snapshot | None:
         """Return the snapshot to start from, if there is one; replay `frames` after it."""
@@ -458,59 +429,6 @@ class CommitLog:
             oldest=oldest,
         )
 
-    def _load_chunks(self, position: Position) -> pa.RecordBatch:
-        number, offset = position
-        path = segment_path(self._home.log, number)
-        try:
-            return self._read_frame_chunks(path, position, offset)
-        except FileNotFoundError:
-            path = chunks_path(self._home.log, number)
-        try:
-            lies_at = self._chunk_index(number).find(offset)
-            if lies_at is not None:
-                return self._read_frame_chunks(path, position, lies_at)
-        except FileNotFoundError:
-            pass
-        raise CorruptionError(
-            f"The chunks at byte {offset} of segment {number} are missing from {str(path)!r}.",
-            file=str(path),
-            offset=offset,
-        )
-
-    def _chunk_index(self, number: int) -> ChunkIndex:
-        index = self._indexes.get(number)
-        if index is None:
-            index = ChunkIndex(self._files, self._home.log, number, self._meta.salt)
-            self._indexes[number] = index
-            while len(self._indexes) > _CACHED_INDEXES:
-                self._indexes.popitem(last=False)
-        return index
-
-    def _read_frame_chunks(self, path: Path, position: Position, lies_at: int) -> pa.RecordBatch:
-        fd = self._files.open(path)
-        try:
-            data = self._files.read(fd, _FIRST_READ_BYTES, lies_at)
-            header = decode_header(
-                data, 0, salt=self._meta.salt, segment=position.segment, offset=position.offset
-            )
-            if header is not None:
-                missing = HEADER_SIZE + header.payload_size - len(data)
-                if missing > 0:
-                    data += self._files.read(fd, missing, lies_at + len(data))
-                payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_size]
-                if is_intact(payload, header):
-                    chunks = decode_chunks(split_payload(payload)[1])
-                    return _NO_CHUNKS if chunks is None else chunks
-        finally:
-            self._files.close(fd)
-        raise CorruptionError(
-            f"{str(path)!r} is damaged at byte {lies_at}. The chunks were not served.",
-            file=str(path),
-            offset=lies_at,
-            first_revision=header.first_revision if header else 0,
-            last_revision=header.next_revision - 1 if header else 0,
-        )
-
 
 def _check_revision(
     home: StoreDirectory, recovered: Recovered, meta: Meta, latest: Snapshot | None
@@ -547,104 +465,3 @@ def _decode_group(
             position,
             Frame(header.first_revision, header.commits, columns, decode_chunks(part[1])),
         )
-
-
-class ChunkCache:
-    """The chunks of the frames read last, up to a number of bytes. Safe to share by threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._held = 0
-        self._batches: OrderedDict[Position, pa.RecordBatch] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def find(self, position: Position) -> pa.RecordBatch | None:
-        """Return the chunks of a frame if they are here."""
-        with self._mutex:
-            batch = self._batches.get(position)
-            if batch is not None:
-                self._batches.move_to_end(position)
-            return batch
-
-    def add(self, position: Position, batch: pa.RecordBatch) -> None:
-        """Keep the chunks of a frame, at the cost of those read longest ago."""
-        with self._mutex:
-            if position in self._batches:
-                return
-            self._batches[position] = batch
-            self._held += batch.nbytes
-            while self._held > self._max_bytes and len(self._batches) > 1:
-                _, oldest = self._batches.popitem(last=False)
-                self._held -= oldest.nbytes
-
-
-class MemoryLog:
-    """A log that forgets everything when its process ends. Same calls as `CommitLog`.
-
-    It keeps chunks, for they are read by position, and no rows: whoever appends has applied them.
-    """
-
-    def __init__(
-        self, *, store_uuid: str, database: str, partition: int = 0, partitions: int = 1
-    ) -> None:
-        self.store_uuid: Final = store_uuid
-        self.database: Final = database
-        self.partition: Final = partition
-        self.partitions: Final = partitions
-        self.epoch: Final = 1
-        self.torn_bytes: Final = 0
-        self._revision = 0
-        self._frames = 0
-        self._rows = 0
-        self._chunks: dict[int, pa.RecordBatch] = {}
-
-    @property
-    def revision(self) -> int:
-        """Last revision that was appended."""
-        return self._revision
-
-    @property
-    def stats(self) -> LogStats:
-        """See `CommitLog.stats`."""
-        return LogStats(frames=self._frames, rows=self._rows)
-
-    def snapshot(self) -> None:
-        """Return None: there is never anything to load."""
-
-    def oldest_revision(self) -> int:
-        """Return the current revision: no older frame is kept."""
-        return self._revision
-
-    def append(self, frame: Frame) -> Position:
-        """Number a frame and keep its chunks; nothing becomes durable."""
-        if frame.first_revision != self._revision + 1:
-            raise ValueError(
-                f"a frame must begin with revision {self._revision + 1}, not {frame.first_revision}"
-            )
-        position = Position(0, self._frames)
-        if frame.chunks is not None:
-            self._chunks[position.offset] = frame.chunks
-        self._frames += 1
-        self._rows += len(frame.rows.ops)
-        self._revision += frame.commits
-        return position
-
-    def frames(self, after: int) -> Iterator[tuple[Position, Frame]]:
-        """Yield nothing: no frame is kept. Raises CompactedError as `CommitLog.frames` does."""
-        if after < self._revision:
-            raise CompactedError(
-                f"Changes after revision {after} are not kept in memory. Start from a snapshot.",
-                oldest=self._revision,
-            )
-        return iter(())
-
-    def read_chunks(self, position: Position, start: int, count: int) -> pa.RecordBatch:
-        """See `CommitLog.read_chunks`."""
-        return self._chunks[position.offset].slice(start, count)
-
-    def compact(self) -> None:
-        """Do nothing: there are no segments."""
-
-    def close(self) -> None:
-        """Forget all chunks."""
-        self._chunks.clear()

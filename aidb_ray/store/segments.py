@@ -303,7 +303,7 @@ class SegmentWalk:
                 # At the end of a live segment there are only zeros; that is for others to judge.
                 self.problem = "its header is damaged"
                 return
-            if header.prev_chain != chain or header.first_revision != revision + 1:
+            if not _continues(header, revision, chain):
                 self.problem = "it does not continue the frame before it"
                 return
             if header.epoch < self._epoch:
@@ -328,3 +328,8 @@ class SegmentWalk:
             self.last = at, header
             self.tail = Tail(number, offset, revision, chain)
             yield at, header, payload
+
+
+def _continues(header: FrameHeader, revision: int, chain: int) -> bool:
+    """Return whether a frame was written after the one that ended with `revision` and `chain`."""
+    return header.prev_chain == chain and header.first_revision == revision + 1

@@ -111,6 +111,7 @@ class Snapshot:
     Attributes:
         revision: Frames after it must be replayed over the rows.
         rows: How many there are.
+        size: Bytes of the file.
         durable: Up to where the log was durable when the snapshot was finished.
     """
 
@@ -122,6 +123,7 @@ class Snapshot:
         self._fd = files.open(path)
         # Its readers may outlast its file name, so it is closed when the last one is gone.
         self._closer = weakref.finalize(self, files.close, self._fd)
+        self.size: Final = files.size(self._fd)
         trailer, index = self._read_index()
         self.revision: Final = trailer.revision
         self.rows: Final = trailer.rows
@@ -237,8 +239,7 @@ class Snapshot:
 
     def _read_index(self) -> tuple[_Trailer, list[_Block]]:
         files, fd = self._files, self._fd
-        size = files.size(fd)
-        at = max(size - _TRAILER_BYTES, 0)
+        at = max(self.size - _TRAILER_BYTES, 0)
         data = files.read(fd, _TRAILER_BYTES, at)
         if len(data) == _TRAILER_BYTES:
             body = data[: _TRAILER.size]
@@ -526,14 +527,15 @@ class Snapshots:
     def begin(self, revision: int, durable: Callable[[], Position]) -> SnapshotWriter:
         """Begin a snapshot at `revision`, based on the latest."""
         latest = self.latest
-        if latest is not None and revision <= latest.revision:
+        if latest is not None and revision < latest.revision:
             raise ValueError(f"there is a snapshot at revision {latest.revision} already")
         return SnapshotWriter(self, revision, latest, durable)
 
     def adopt(self, path: Path) -> Snapshot:
         """Make the finished snapshot at `path` the latest, and drop those no longer kept."""
         snapshot = Snapshot(self.files, path, self._salt)
-        self._kept = (*self._kept, snapshot)[-_KEPT:]
+        before = (kept for kept in self._kept if kept.revision < snapshot.revision)
+        self._kept = (*before, snapshot)[-_KEPT:]
         if len(self._kept) == _KEPT:
             oldest = self._kept[0].path.name
             for name in self.files.names(self._directory):

@@ -95,7 +95,7 @@ def judge(found: Found) -> tuple[Report, list[str]]:
     wrongs = [f"{session} has {n} replies" for session, n in counts.items() if n != 1]
     wrongs += [f"round {each} was repeated without a kill" for each in rounds.unexplained]
     wrongs += [f"call {each} was repeated without a kill" for each in calls.unexplained]
-    if False:
+    if found.is_scripted:
         marks = sum(len(problem.marks) for problem in found.problems)
         wrongs += _differs("calls", len(found.calls) - calls.total, marks)
         wrongs += _differs("rounds", len(found.rounds) - rounds.total, marks + len(counts))

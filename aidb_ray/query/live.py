@@ -1,0 +1,201 @@
+"""Live queries: the shell around a `Pipeline`, fed by what this process sees of the rows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
+
+from aidb_ray.errors import NotReadyError, SlowConsumerError
+from aidb_ray.expressions import SourceRef, equalities
+from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.query.operators import Delta, Pipeline, RowChange
+from aidb_ray.store.changes import Filter
+from aidb_ray.store.local import RowEvent, View
+from aidb_ray.store.rows import codec_of
+
+if TYPE_CHECKING:
+    from aidb_ray.store.client import StoreClient
+    from aidb_ray.store.collection import Sites
+
+R = TypeVar("R")
+MAX_UNREAD_DELTAS = 10_000
+
+Question = Callable[[QueryRoot], Query[R]] | Query[R]
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class LiveQuery(Generic[R]):
+    """A query whose answer is kept current, own writes included, until it is closed.
+
+    `live.rows` is the newest answer. Each `async for` has a subscription of its own: first an
+    `enter` for every row of the answer at its start, then each delta, once and in order.
+    """
+
+    def __init__(self, sites: Sites, question: Question[R]) -> None:
+        self.query = build(question)
+        self._pipeline = Pipeline(self.query, decode=_row_decoder(self.query))
+        self._alias, source = self.query.sources[0]
+        self._readers: dict[_Reader[R], None] = {}
+        self._is_closed = False
+        wanted = filter_of(self.query)
+        self._views = [
+            View(site.client, site.writes, wanted, self._hear)
+            for site in sites.sites_of(source.session or "")
+        ]
+
+    def __repr__(self) -> str:
+        return f"<LiveQuery\n{self.query}>"
+
+    async def __aenter__(self) -> LiveQuery[R]:
+        await self.ready()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def ready(self) -> None:
+        """Wait until the answer is complete."""
+        for view in self._views:
+            await view.ready()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the answer is complete."""
+        return all(view.is_ready for view in self._views)
+
+    @property
+    def rows(self) -> list[R]:
+        """The answer now, in order.
+
+        Raises:
+            NotReadyError: it is not complete yet.
+        """
+        if not self.is_ready:
+            raise NotReadyError("The answer is not complete yet: await live.ready() first.")
+        return self._pipeline.rows
+
+    @property
+    def row(self) -> R | None:
+        """The first row of the answer, or None; for `find_one`."""
+        return next(iter(self.rows), None)
+
+    def __aiter__(self) -> AsyncIterator[Delta[R]]:
+        return self._deltas()
+
+    async def _deltas(self) -> AsyncGenerator[Delta[R], None]:
+        await self.ready()
+        reader: _Reader[R] = _Reader(self._pipeline.enters())
+        self._readers[reader] = None
+        try:
+            while True:
+                while reader.unread:
+                    yield reader.take()
+                if self._is_closed:
+                    return
+                reader.arrived.clear()
+                await reader.arrived.wait()
+        finally:
+            self._readers.pop(reader, None)
+
+    async def aclose(self) -> None:
+        """Stop following; every `async for` ends."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for view in self._views:
+            view.close()
+        for reader in self._readers:
+            reader.arrived.set()
+
+    def _hear(self, events: Sequence[RowEvent]) -> None:
+        deltas = self._pipeline.advance(to_changes(self._alias, events))
+        if deltas:
+            for reader in self._readers:
+                reader.put(deltas)
+
+
+class _Reader(Generic[R]):
+    """What one `async for` has not read yet, up to a bound."""
+
+    def __init__(self, begin: Sequence[Delta[R]]) -> None:
+        self.unread: deque[Delta[R]] = deque(begin)
+        self.arrived = asyncio.Event()
+        self._is_lost = False
+        self._last = 0
+
+    def put(self, deltas: Sequence[Delta[R]]) -> None:
+        if len(self.unread) + len(deltas) > max(MAX_UNREAD_DELTAS, len(deltas)):
+            # It will hear that it lost track; the bound is what keeps the others alive.
+            self._is_lost = True
+        else:
+            self.unread.extend(deltas)
+        self.arrived.set()
+
+    def take(self) -> Delta[R]:
+        if self._is_lost:
+            raise SlowConsumerError(
+                f"More than {MAX_UNREAD_DELTAS} deltas wait unread; iterate again, which begins "
+                f"with the rows as they are.",
+                resume=self._last,
+            )
+        delta = self.unread.popleft()
+        self._last = delta.revision
+        return delta
+
+
+async def run_query(sites: Sites, question: Question[R]) -> list[R] | R | None:
+    """Return the answer as it is now: a list, or for `find_one` a row or None."""
+    query = build(question)
+    alias, source = query.sources[0]
+    wanted = filter_of(query)
+    pipeline = Pipeline(query, decode=_row_decoder(query))
+    for site in sites.sites_of(source.session or ""):
+        pipeline.advance(await _read(site.client, wanted, alias))
+    rows = pipeline.rows
+    return next(iter(rows), None) if query.is_single else rows
+
+
+async def _read(client: StoreClient, wanted: Filter, alias: str) -> list[RowChange]:
+    await client.drain()
+    _, found = await client.read(wanted)
+    return [
+        RowChange(alias, (row.session, row.key), _decode(row.value), row.revision)
+        for row in found
+    ]
+
+
+def to_changes(alias: str, events: Sequence[RowEvent]) -> list[RowChange]:
+    """Return events as a pipeline takes them."""
+    changes: list[RowChange] = []
+    for session, key, row, is_synced in events:
+        fields = None if row is None else _decode(row.value)
+        revision = 0 if row is None else row.revision
+        changes.append(RowChange(alias, (session, key), fields, revision, is_synced))
+    return changes
+
+
+def filter_of(query: Query[Any]) -> Filter:
+    """Return what the store needs to know to send no more rows than it must."""
+    alias, source = query.sources[0]
+    where: tuple[tuple[str, tuple[str | int | bool, ...]], ...] = ()
+    if query.predicate is not None:
+        found = equalities(query.predicate, alias)
+        where = tuple((name, tuple(values)) for name, values in sorted(found.items()))
+    session = source.session
+    if session is not None and session.endswith("*"):
+        return Filter(source.name, prefix=session[:-1], where=where)
+    return Filter(source.name, session or "", where=where)
+
+
+def _row_decoder(query: Query[Any]) -> Callable[[dict[str, Any]], Any] | None:
+    source: SourceRef[Any] = query.sources[0][1]
+    if source.row_type is None:
+        return None
+    # The key field's name does not matter for decoding.
+    names = list(source.fields or {})
+    return codec_of(source.row_type, "id" if "id" in names else names[0]).decode_fields
