@@ -334,7 +334,7 @@ class RayRef(Generic[A_co]):
                 reason: AidbError = _timed_out(label, timeout_ms)
             except UnavailableError as error:
                 reason = error
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  Whatever Ray says is explained, or raised.
                 reason = self._explain(error, label)
             is_final = isinstance(reason, ConfigError) or self._is_ended()
             if is_final or time.monotonic() + pause_ms / 1000 >= deadline:

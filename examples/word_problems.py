@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import aidb_ray
-from aidb_ray import Agent, Database, TextAdapter, create_agent, durable_agent, eq, openai_text
+from aidb_ray import (
+    Agent,
+    AgentMessage,
+    Database,
+    Generation,
+    TextAdapter,
+    create_agent,
+    durable_agent,
+    eq,
+    openai_text,
+)
 from aidb_ray.testing import ScriptedModel
 from examples.word_problems_parts.killer import Killer
 from examples.word_problems_parts.place import Place, join_words, name_task, open_place
@@ -31,12 +42,14 @@ from examples.word_problems_parts.player import Player, WitnessedModel, make_cal
 from examples.word_problems_parts.problems import Problem, load_problems
 from examples.word_problems_parts.report import Found, judge, make_table
 
+SESSIONS = "aidb://problems/*"
 INSTRUCTIONS = (
     "Solve the problem step by step. Use the calculator for every calculation. "
     "Write the answer, a number alone, on the last line after '#### '."
 )
 # The longest solution of GSM8K calls the calculator 8 times; a real model may try again.
 MAX_ROUNDS = 24
+MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,8 @@ async def solve(options: Options, place: Place, console: Console) -> Found:
     problems = load_problems(options.data)
     started_ns = time.monotonic_ns()
     place.events.note(event="start")
-    async with await aidb_ray.connect(
-        options.address, data_dir=str(place.store), database=place.database
+    async with aidb_ray.connect(
+        options.address, data_dir=place.root, database=place.database
     ) as db:
         agent = create_solver(options, place)
         await agent.ready()
@@ -131,7 +144,7 @@ def create_solver(options: Options, place: Place) -> Agent:
             instructions=INSTRUCTIONS,
             adapter=WitnessedModel(adapter, place.rounds, data),
             tools=[calculator],
-            stream_url="aidb://problems/*",
+            stream_url=SESSIONS,
             max_iterations=MAX_ROUNDS,
             max_running=options.concurrency,
             shards=options.shards,
@@ -168,7 +181,7 @@ async def answer_all(
                 problem.question,
                 session=problem.session,
                 actor_id="student",
-                message_id=f"question-{problem.index}",
+                message_id=problem.question_id,
             )
             reply = await handle.reply()
         right += problem.is_solved_by(reply.content)
@@ -191,39 +204,39 @@ async def read_outcome(
     problems: Sequence[Problem], agent: Agent, db: Database
 ) -> tuple[dict[str, list[str]], int]:
     """Return every reply by session, and the tokens of all finished rounds, from the rows."""
-    replies: dict[str, list[str]] = {}
-    tokens = 0
-    slots = asyncio.Semaphore(64)
-
-    async def read(problem: Problem) -> None:
-        nonlocal tokens
-        session = db.session(problem.session)
-        async with slots:
-            messages = await db.query(
-                lambda q: q.from_(m=session.messages).where(lambda m: eq(m.actor_id, agent.name))
-            )
-            generations = await db.query(lambda q: q.from_(g=session.generations))
-        replies[problem.session] = [message.content for message in messages]
-        tokens += sum(each.usage.output_tokens for each in generations if each.usage)
-
-    async with asyncio.TaskGroup() as reading:
-        for problem in problems:
-            reading.create_task(read(problem))
-    return replies, tokens
+    messages = db.collection("messages", AgentMessage, session=SESSIONS)
+    generations = db.collection("generations", Generation, session=SESSIONS)
+    replies: list[AgentMessage] = await db.query(
+        lambda q: q.from_(m=messages).where(lambda m: eq(m.actor_id, agent.name))
+    )
+    runs: list[Generation] = await db.query(lambda q: q.from_(g=generations))
+    by_question: dict[str | None, list[str]] = defaultdict(list)
+    for reply in replies:
+        by_question[reply.in_reply_to].append(reply.content)
+    return (
+        {problem.session: by_question[problem.question_id] for problem in problems},
+        sum(run.usage.output_tokens for run in runs if run.usage),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the example; 0 if all went as it must."""
     options = parse_options(arguments)
     console = Console()
-    place = options.open_place()
+    try:
+        place = options.open_place()
+    except (OSError, ValueError) as error:
+        console.print(f"word_problems: {error}", style="red")
+        return 2
     found = asyncio.run(solve(options, place, console))
     report, wrongs = judge(found)
     console.print(make_table(report, found, place.root))
     if options.json:
         report.write(options.json)
-    for wrong in wrongs[:20]:
-        console.print(f"[red]{wrong}")
+    for wrong in wrongs[:MAX_SHOWN]:
+        console.print(wrong, style="red")
+    if len(wrongs) > MAX_SHOWN:
+        console.print(f"... and {len(wrongs) - MAX_SHOWN:,} more", style="red")
     must_be_right = not options.break_calculator and not options.openai
     return int(bool(wrongs) or (must_be_right and report.right < report.conversations))
 

@@ -164,8 +164,7 @@ async def _read(client: StoreClient, wanted: Filter, alias: str) -> list[RowChan
     await client.drain()
     _, found = await client.read(wanted)
     return [
-        RowChange(alias, (row.session, row.key), _decode(row.value), row.revision)
-        for row in found
+        RowChange(alias, (row.session, row.key), _decode(row.value), row.revision) for row in found
     ]
 
 

@@ -45,6 +45,7 @@ from aidb_ray.store.changes import (
     ReadRequest,
     Refusal,
     RowPage,
+    SessionRowsRead,
 )
 from aidb_ray.store.columns import from_arrow, is_consistent, to_arrow
 from aidb_ray.store.feed import CATCHING_UP_BYTES, TAILING_BYTES, Feed, Interest
@@ -555,6 +556,23 @@ class StoreActor:
                 continue
             if wanted.covers(session, wire.bucket_of(session)):
                 yield session, key, revision, value
+
+    async def read_sessions(self, raw: bytes) -> bytes:
+        """Return what an encoded `SessionsRead` asks for, one `SessionRowsRead` a session."""
+        await self._ready()
+        answer: list[SessionRowsRead] = []
+        for name, collections in wire.decode_sessions_read(raw).sessions:
+            session = self._tables.peek(name)
+            rows = {
+                collection: [
+                    FoundRow(name, key, row.revision, row.value)
+                    for key, row in session.collections.get(collection, {}).items()
+                ]
+                for collection in collections
+            }
+            streams = {key: (s.next_index, s.closes) for key, s in session.streams.items()}
+            answer.append(SessionRowsRead(self._tables.revision, rows, streams))
+        return wire.encode(answer)
 
     async def read_chunks(self, raw: bytes) -> bytes:
         """Return stored chunks of one generation, as an encoded `ChunkPage`."""

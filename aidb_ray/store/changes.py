@@ -294,6 +294,24 @@ class ReadRequest(msgspec.Struct, frozen=True, array_like=True):
     max_bytes: int = 4 << 20
 
 
+class SessionsRead(msgspec.Struct, frozen=True, array_like=True):
+    """Ask for all rows of some collections in some sessions."""
+
+    sessions: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class SessionRowsRead(msgspec.Struct, frozen=True, array_like=True):
+    """All rows asked for of one session, at one revision; by collection, in no order.
+
+    Attributes:
+        streams: Of each chunk stream: generation, next index, and how it ended.
+    """
+
+    revision: int
+    rows: dict[str, list[FoundRow]]
+    streams: dict[str, tuple[int, str]]
+
+
 class RowPage(msgspec.Struct, frozen=True, array_like=True):
     """Rows in order of (session, key).
 
@@ -364,6 +382,8 @@ decode_batch = msgspec.msgpack.Decoder(Batch).decode
 decode_committed = msgspec.msgpack.Decoder(Committed).decode
 decode_read = msgspec.msgpack.Decoder(ReadRequest).decode
 decode_page = msgspec.msgpack.Decoder(RowPage).decode
+decode_sessions_read = msgspec.msgpack.Decoder(SessionsRead).decode
+decode_sessions = msgspec.msgpack.Decoder(list[SessionRowsRead]).decode
 decode_poll = msgspec.msgpack.Decoder(PollRequest).decode
 decode_changes = msgspec.msgpack.Decoder(Changes).decode
 decode_chunk_read = msgspec.msgpack.Decoder(ChunkRead).decode

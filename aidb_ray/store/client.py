@@ -40,6 +40,8 @@ from aidb_ray.store.changes import (
     ReadRequest,
     RowPage,
     Runner,
+    SessionRowsRead,
+    SessionsRead,
     Update,
 )
 from aidb_ray.store.columns import EMPTY
@@ -82,6 +84,8 @@ class StoreClient:
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
         self._pumping: asyncio.Task[None] | None = None
+        self._reads: list[tuple[str, tuple[str, ...], asyncio.Future[SessionRowsRead]]] = []
+        self._reading: asyncio.Task[None] | None = None
         self.feed = FeedReader(self._ref)
 
     def commit(
@@ -145,6 +149,39 @@ class StoreClient:
             page = await self._read(ReadRequest(wanted, after=(last.session, last.key)))
             rows += page.rows
         return first.revision, rows
+
+    async def read_session(self, session: str, collections: tuple[str, ...]) -> SessionRowsRead:
+        """Return all rows of some collections of one session, at one revision.
+
+        Reads made while a call is in flight go together in the next one.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[SessionRowsRead] = loop.create_future()
+        self._reads.append((session, collections, done))
+        if self._reading is None:
+            self._reading = loop.create_task(self._read_queued())
+        return await done
+
+    async def _read_queued(self) -> None:
+        try:
+            await asyncio.sleep(0)
+            while self._reads:
+                taken, self._reads = self._reads[:256], self._reads[256:]
+                wanted = tuple((session, collections) for session, collections, _ in taken)
+                try:
+                    raw = await self._ask_again(
+                        StoreActor.read_sessions, wire.encode(SessionsRead(wanted))
+                    )
+                except AidbError as error:
+                    for *_, done in taken:
+                        if not done.done():
+                            done.set_exception(error)
+                    continue
+                for (*_, done), found in zip(taken, wire.decode_sessions(raw), strict=True):
+                    if not done.done():
+                        done.set_result(found)
+        finally:
+            self._reading = None
 
     async def changes_between(self, wanted: Filter, after: int, through: int) -> list[Change]:
         """Return the changes of the revisions `after` + 1 to `through`, in order.

@@ -41,18 +41,24 @@ class Subscription:
     when the store can no longer tell what was missed. `on_changes(changes)` follows with every
     later change, whole commits, in order; it may bring rows that fail `filter.where`, so look
     again. With `snapshot=False` there is no `on_rows` but after such a loss, with no rows:
-    changes begin at the revision that `started` gives.
+    changes begin at the revision that `started` gives. `snapshot` may be a narrower filter than
+    the one that is followed: then only its rows come first.
     """
 
     def __init__(
-        self, wanted: Filter, on_changes: OnChanges, on_rows: OnRows | None, *, snapshot: bool
+        self,
+        wanted: Filter,
+        on_changes: OnChanges,
+        on_rows: OnRows | None,
+        *,
+        snapshot: bool | Filter,
     ) -> None:
         self.filter = wanted
         self.on_changes = on_changes
         self.on_rows = on_rows
-        self.snapshot = snapshot
+        self.snapshot = wanted if snapshot is True else snapshot or None
         self.is_active = False
-        self.held: list[Change] | None = [] if snapshot else None
+        self.held: list[Change] | None = [] if self.snapshot else None
         self.loading: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[int] = loop.create_future()
@@ -93,7 +99,7 @@ class FeedReader:
         on_changes: OnChanges,
         on_rows: OnRows | None = None,
         *,
-        snapshot: bool = True,
+        snapshot: bool | Filter = True,
     ) -> Subscription:
         """Begin a subscription; await its `ready` to know that the rows have been told."""
         added = Subscription(wanted, on_changes, on_rows, snapshot=snapshot)
@@ -268,7 +274,9 @@ class FeedReader:
     async def _load(self, subscription: Subscription) -> None:
         """Read the rows, then fold in what changed meanwhile, so that they are of one revision."""
         rows: dict[tuple[str, str], FoundRow] = {}
-        request = ReadRequest(subscription.filter)
+        wanted = subscription.snapshot
+        assert wanted is not None
+        request = ReadRequest(wanted)
         pause = _FIRST_PAUSE_S
         while True:
             try:
@@ -282,7 +290,7 @@ class FeedReader:
             if not page.more:
                 break
             last = page.rows[-1]
-            request = ReadRequest(subscription.filter, after=(last.session, last.key))
+            request = ReadRequest(wanted, after=(last.session, last.key))
         end = max([page.latest, *(row.revision for row in rows.values())])
         await self.reached(end)
         assert subscription.held is not None

@@ -211,26 +211,31 @@ class LogWriter:
         self._sync(fd)
 
     def _sync(self, fd: int) -> None:
-        self._files.sync_data(fd)
+        try:
+            self._files.sync_data(fd)
+        except OSError as error:
+            # Even "disk full" says here that written pages were lost.
+            raise self._fail(error) from error
         self.syncs += 1
 
     def _undo(self, error: OSError) -> None:
         """Leave nothing of a write that did not fit; give up for good if that cannot be known."""
         live = self._live
-        if is_full(error):
-            try:
-                self._files.truncate(live.fd, live.tail.offset)
-            except OSError as second:
-                error = second
-            else:
-                live.allocated = live.tail.offset
-                return
+        if not is_full(error):
+            raise self._fail(error) from error
+        try:
+            self._files.truncate(live.fd, live.tail.offset)
+        except OSError as second:
+            raise self._fail(second) from error
+        live.allocated = live.tail.offset
+
+    def _fail(self, error: OSError) -> StorageError:
         self._failure = StorageError(
-            f"Writing {str(self._path(live.head))!r} failed ({error.strerror}). Whether the last "
-            f"batch survives is unknown; exit and open the store again.",
+            f"Writing the log in {str(self._directory)!r} failed ({error.strerror}). Whether the "
+            f"last batch survives is unknown; exit and open the store again.",
             code="sync_failed",
         )
-        raise self._failure from error
+        return self._failure
 
     def _path(self, head: SegmentHead) -> Path:
         return segment_path(self._directory, head.number)

@@ -19,7 +19,7 @@ WANTED_OF_EACH = 2
 
 
 class Process(Protocol):
-    """What the killer needs to know of a process; `aidb_ray.ProcessInfo` has it."""
+    """What the killer needs to know of a process; `Database.processes` returns such."""
 
     @property
     def kind(self) -> str: ...

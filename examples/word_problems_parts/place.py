@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from examples.word_problems_parts.witness import Witness
 
 
 @dataclass(frozen=True)
 class Place:
-    """The directory of one task: these problems, solved in this way."""
+    """The directory of one task: these problems, solved in this way.
+
+    Attributes:
+        database: Name of the database in it, unlike any other's: a cluster may hold several.
+    """
 
     root: Path
     task: str
-
-    @property
-    def store(self) -> Path:
-        """The database's data directory."""
-        return self.root / "store"
-
-    @property
-    def database(self) -> str:
-        """Name of the database, another for each directory: a cluster may hold several."""
-        return join_words(self.task, _digest(str(self.root).encode()))
+    database: str
 
     @property
     def rounds(self) -> Witness:
@@ -59,16 +56,18 @@ def open_place(root: Path, task: str) -> Place:
     Raises:
         ValueError: `root` is the directory of another task, whose answers would be found there.
     """
-    place = Place(root.resolve(), task)
-    place.root.mkdir(parents=True, exist_ok=True)
-    label = place.root / "task.txt"
+    root = root.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    label = root / "task.json"
     if not label.exists():
         # Whole or not at all, whenever we are killed.
-        draft = label.with_suffix(".tmp")
-        draft.write_text(task, "utf-8")
+        draft = label.with_suffix(".draft")
+        fields = {"task": task, "database": join_words(task, uuid4().hex[:8])}
+        draft.write_text(json.dumps(fields), "utf-8")
         draft.replace(label)
-    if (other := label.read_text("utf-8")) != task:
-        raise ValueError(f"{root} holds the task {other!r}, not {task!r}; choose another.")
+    place = Place(root, **json.loads(label.read_text("utf-8")))
+    if place.task != task:
+        raise ValueError(f"{root} holds the task {place.task!r}, not {task!r}; choose another.")
     return place
 
 

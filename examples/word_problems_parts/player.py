@@ -78,7 +78,9 @@ def make_calculator(witness: Witness, *, is_broken: bool) -> Tool:
             expression: Numbers, + - * / and parentheses, such as "(3+4.5)*2".
         """
         witness.note(
-            session=str(context.session), key=context.idempotency_key, expression=expression
+            session=getattr(context.session, "url", ""),
+            key=context.idempotency_key,
+            expression=expression,
         )
         try:
             return format_number(calculate(expression) + (1 if is_broken else 0))

@@ -32,6 +32,11 @@ class Problem:
         """The conversation in which this problem is solved."""
         return f"aidb://problems/{self.index}"
 
+    @property
+    def question_id(self) -> str:
+        """Id of the message that asks it, the same however often it is asked."""
+        return f"question-{self.index}"
+
     @cached_property
     def marks(self) -> list[tuple[str, str]]:
         """The calculations, as (expression, result)."""

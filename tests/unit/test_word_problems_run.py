@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from aidb_ray import UnavailableError
+from examples.word_problems import main, parse_options
 from examples.word_problems_parts.killer import Killer, choose_victim
 from examples.word_problems_parts.place import name_task, open_place
 from examples.word_problems_parts.problems import Problem
@@ -276,8 +277,46 @@ def test_the_same_task_finds_its_directory_and_another_is_refused(tmp_path: Path
         open_place(tmp_path, name_task(SHIPPED, "broken"))
 
 
-def test_a_database_is_named_for_its_directory(tmp_path: Path) -> None:
+def test_every_directory_has_a_database_of_its_own(tmp_path: Path) -> None:
     places = [open_place(tmp_path / name, "task") for name in ("a", "b")]
 
     assert len({place.database for place in places}) == 2
-    assert all(re.fullmatch(r"[A-Za-z0-9-]+", place.database) for place in places)
+    assert all(re.fullmatch(r"task-[a-z0-9]{8}", place.database) for place in places)
+
+
+def test_a_directory_may_be_moved(tmp_path: Path) -> None:
+    before = open_place(tmp_path / "a", "task")
+    before.root.rename(tmp_path / "b")
+
+    assert open_place(tmp_path / "b", "task").database == before.database
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [([], True), (["--kill-every", "2"], False), (["--break-calculator"], False)],
+)
+def test_the_same_command_goes_on_and_another_starts_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: list[str], *, is_same: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    places = [parse_options(arguments).open_place() for arguments in ([], other)]
+
+    assert (places[0] == places[1]) == is_same
+
+
+def test_a_named_directory_goes_on_with_and_without_kills(tmp_path: Path) -> None:
+    named = ["--data-dir", str(tmp_path)]
+    killing = parse_options([*named, "--kill-every", "2"]).open_place()
+
+    assert parse_options(named).open_place() == killing
+
+
+@pytest.mark.parametrize("arguments", [["--data", "none.jsonl"], ["--break-calculator"]])
+def test_a_run_that_cannot_be_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    parse_options(["--data-dir", str(tmp_path)]).open_place()
+
+    assert main(["--data-dir", str(tmp_path), *arguments]) == 2
+    assert capsys.readouterr().out.startswith("word_problems: ")
