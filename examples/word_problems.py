@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from collections import defaultdict
@@ -39,7 +40,7 @@ from aidb_ray.testing import ScriptedModel
 from examples.word_problems_parts.killer import Killer
 from examples.word_problems_parts.place import Place, join_words, name_task, open_place
 from examples.word_problems_parts.player import Player, WitnessedModel, make_calculator
-from examples.word_problems_parts.problems import Problem, load_problems
+from examples.word_problems_parts.problems import Problem, load_problems, tokens_of
 from examples.word_problems_parts.report import Found, judge, make_table
 
 SESSIONS = "aidb://problems/*"
@@ -50,6 +51,7 @@ INSTRUCTIONS = (
 # The longest solution of GSM8K calls the calculator 8 times; a real model may try again.
 MAX_ROUNDS = 24
 MAX_SHOWN = 20
+KILLS_WANTED = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Options:
     base_url: str | None
     break_calculator: bool
     kill_every: float | None
+    tokens_per_second: float | None
     concurrency: int
     shards: int
 
@@ -76,8 +79,9 @@ class Options:
         task = name_task(self.data, "broken" if self.break_calculator else "", self.openai or "")
         if self.data_dir:
             return open_place(self.data_dir, task)
+        address = self.address or os.environ.get("RAY_ADDRESS", "")
         killing = f"kill-{self.kill_every:g}" if self.kill_every else ""
-        name = join_words(task, killing, self.address or "")
+        name = join_words(task, killing, address)
         return open_place(Path("out/word_problems", name), task)
 
 
@@ -96,6 +100,12 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     add("--base-url", help="server of that model, if it is not OpenAI's")
     add("--break-calculator", action="store_true", help="let the calculator add 1 to each result")
     add("--kill-every", type=float, metavar="SECONDS", help="SIGKILL a random process so often")
+    add(
+        "--tokens-per-second",
+        type=float,
+        metavar="N",
+        help=f"pace of a played reply (default: at once, or so slow that {KILLS_WANTED} kills fit)",
+    )
     add("--concurrency", type=int, default=256, help="conversations at once")
     add("--shards", type=int, default=1, help="processes that the agent runs on")
     return Options(**vars(parser.parse_args(arguments)))
@@ -109,7 +119,7 @@ async def solve(options: Options, place: Place, console: Console) -> Found:
     async with aidb_ray.connect(
         options.address, data_dir=place.root, database=place.database
     ) as db:
-        agent = create_solver(options, place)
+        agent = create_solver(options, place, choose_pace(options, problems))
         await agent.ready()
         before = time.monotonic()
         await answer_all(problems, agent, db, options, place, console)
@@ -129,13 +139,26 @@ async def solve(options: Options, place: Place, console: Console) -> Found:
     )
 
 
-def create_solver(options: Options, place: Place) -> Agent:
+def choose_pace(options: Options, problems: Sequence[Problem]) -> float | None:
+    """Return how many tokens a second a played reply streams, None for no wait at all.
+
+    Played at once, a small file is done before the first kill. So a run that kills is slowed to
+    last for some kills, and rounds are in flight when they come.
+    """
+    if options.tokens_per_second or not options.kill_every:
+        return options.tokens_per_second
+    tokens = sum(len(tokens_of(problem.answer)) for problem in problems)
+    at_once = max(1, min(options.concurrency, len(problems)))
+    return tokens / at_once / (KILLS_WANTED * options.kill_every)
+
+
+def create_solver(options: Options, place: Place, tokens_per_second: float | None) -> Agent:
     """Start the agent, or find it where it already runs."""
     data = options.data.resolve()
     adapter: TextAdapter = (
         openai_text(options.openai, base_url=options.base_url)
         if options.openai
-        else ScriptedModel(Player(data))
+        else ScriptedModel(Player(data), tokens_per_second=tokens_per_second)
     )
     calculator = make_calculator(place.calls, is_broken=options.break_calculator)
     return create_agent(
@@ -210,13 +233,12 @@ async def read_outcome(
         lambda q: q.from_(m=messages).where(lambda m: eq(m.actor_id, agent.name))
     )
     runs: list[Generation] = await db.query(lambda q: q.from_(g=generations))
-    by_question: dict[str | None, list[str]] = defaultdict(list)
+    sessions = {problem.question_id: problem.session for problem in problems}
+    by_session: dict[str, list[str]] = defaultdict(list)
     for reply in replies:
-        by_question[reply.in_reply_to].append(reply.content)
-    return (
-        {problem.session: by_question[problem.question_id] for problem in problems},
-        sum(run.usage.output_tokens for run in runs if run.usage),
-    )
+        question_id = str(reply.in_reply_to)
+        by_session[sessions.get(question_id, question_id)].append(reply.content)
+    return by_session, sum(run.usage.output_tokens for run in runs if run.usage)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

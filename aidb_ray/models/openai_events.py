@@ -9,7 +9,7 @@ https://platform.openai.com/docs/api-reference/responses-streaming
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import msgspec
 from ag_ui.core import Event
@@ -20,7 +20,23 @@ from aidb_ray.models.writer import RoundWriter
 
 T = TypeVar("T")
 
-_RETRYABLE_ERRORS = {"server_error", "rate_limit_exceeded", "overloaded", "timeout", "vector_store_timeout"}
+# Provider's words for a failure, our code for it, and whether trying again can help.
+_FAILURES: dict[str, tuple[str, bool]] = {
+    "server_error": ("server_error", True),
+    "internal_error": ("server_error", True),
+    "overloaded_error": ("server_error", True),
+    "rate_limit_exceeded": ("rate_limited", True),
+    "insufficient_quota": ("insufficient_quota", False),
+    "context_length_exceeded": ("context_length_exceeded", False),
+}
+_STATUSES: dict[int, tuple[str, bool]] = {
+    401: ("unauthorized", False),
+    403: ("forbidden", False),
+    404: ("not_found", False),
+    408: ("timeout", True),
+    409: ("server_error", True),
+    429: ("rate_limited", True),
+}
 
 
 class Translator(Protocol):
@@ -285,15 +301,13 @@ class ResponsesTranslator:
                 self._writer.call_args(call_id, item.arguments)
             self._writer.end_call(call_id)
         elif item.type == "reasoning" and item.encrypted_content:
-            kept = {
+            kept: dict[str, Any] = {
                 "type": "reasoning",
                 "id": item.id,
                 "summary": item.summary or [],
                 "encrypted_content": item.encrypted_content,
             }
-            self._writer.keep_reasoning(
-                item.id or "reasoning", msgspec.json.encode(kept).decode()
-            )
+            self._writer.keep_reasoning(item.id or "reasoning", msgspec.json.encode(kept).decode())
 
     def _finish(self, response: _Response) -> None:
         reason = "tool_calls" if self._calls else "stop"
@@ -305,12 +319,31 @@ class ResponsesTranslator:
         self.is_done = True
 
 
-def provider_error(error: Any) -> ModelError:
-    """Return the error that a provider reports in the middle of a stream."""
-    fields: dict[str, Any] = error if isinstance(error, dict) else {"message": str(error or "")}
-    kind = str(fields.get("code") or fields.get("type") or "model_error")
+def provider_error(error: Any, *, status: int | None = None) -> ModelError:
+    """Return the error that a provider reports, in a stream or in place of one."""
+    fields: dict[str, Any] = {"message": error}
+    if isinstance(error, dict):
+        fields = cast("dict[str, Any]", error)
+        # Some servers wrap it once more.
+        if isinstance(fields.get("error"), dict):
+            fields = fields["error"]
     message = fields.get("message") or "The model's server reported an error without a message."
-    return ModelError(str(message), code=kind, retryable=kind in _RETRYABLE_ERRORS)
+    for word in (fields.get("code"), fields.get("type")):
+        if isinstance(word, str) and word in _FAILURES:
+            code, retryable = _FAILURES[word]
+            return ModelError(str(message), code=code, retryable=retryable, status=status)
+        if isinstance(word, int):
+            status = status or word
+    code, retryable = _failure_of(status)
+    return ModelError(str(message), code=code, retryable=retryable, status=status)
+
+
+def _failure_of(status: int | None) -> tuple[str, bool]:
+    if status is None:
+        return "provider_error", False
+    if status >= 500:
+        return "server_error", True
+    return _STATUSES.get(status, ("invalid_request", False))
 
 
 def _decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:

@@ -102,9 +102,7 @@ def _close(part: Any) -> Any:
         if "properties" not in fields or fields.get("additionalProperties") not in (None, False):
             raise ValueError("An object with free keys is not strict.")
         # A property may itself be named `default`.
-        closed["properties"] = {
-            name: _close(value) for name, value in fields["properties"].items()
-        }
+        closed["properties"] = {name: _close(value) for name, value in fields["properties"].items()}
         closed["additionalProperties"] = False
         closed["required"] = list(fields["properties"])
     return closed

@@ -5,6 +5,8 @@ Source: https://html.spec.whatwg.org/multipage/server-sent-events.html (only `da
 
 from __future__ import annotations
 
+from aidb_ray.errors import ModelError
+
 MAX_EVENT_BYTES = 16 << 20
 """How long one event may grow; providers repeat the whole answer in their last one."""
 
@@ -25,7 +27,7 @@ class EventStreamParser:
         Lines end with `\n` or `\r\n`. An event that the stream's end cuts off is never returned.
 
         Raises:
-            ValueError: an event is longer than `max_event_bytes`.
+            ModelError: `malformed`: an event is longer than `max_event_bytes`.
         """
         self._size += len(received)
         first, *others = received.split(b"\n")
@@ -53,4 +55,8 @@ class EventStreamParser:
 
     def _check_size(self) -> None:
         if self._size > self._max_event_bytes:
-            raise ValueError(f"An event is longer than {self._max_event_bytes:,} bytes.")
+            raise ModelError(
+                f"The model's server sent an event longer than {self._max_event_bytes:,} bytes.",
+                code="malformed",
+                retryable=True,
+            )

@@ -581,8 +581,7 @@ class StoreActor:
         stream = self._tables.peek(request.session).streams.get(request.generation_id)
         if stream is None:
             return wire.encode(ChunkPage(self._tables.revision, [], 0))
-        revision, next_index, closes = stream.revision, stream.next_index, stream.closes
-        revision = self._tables.revision
+        revision, next_index, closes = self._tables.revision, stream.next_index, stream.closes
         slices: list[ChunkSlice] = []
         size = 0
         more = False
@@ -595,7 +594,8 @@ class StoreActor:
             part = self._load_run(request.generation_id, run, max(0, request.index - run.index))
             slices.append(part)
             size += len(part.columns.payload) + 5 * len(part.columns.types)
-        return wire.encode(ChunkPage(revision, slices, next_index, closes, more))
+        attempt = stream.runs[-1].attempt if stream.runs else 0
+        return wire.encode(ChunkPage(revision, slices, next_index, closes, more, attempt))
 
     def _load_run(self, generation_id: str, run: Run, skip: int) -> ChunkSlice:
         from aidb_ray.store.log import Position

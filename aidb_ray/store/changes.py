@@ -368,13 +368,18 @@ class ChunkRead(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ChunkPage(msgspec.Struct, frozen=True, array_like=True):
-    """Stored slices of one generation, in order; `next_index` follows the last stored chunk."""
+    """Stored slices of one generation, in order; `next_index` follows the last stored chunk.
+
+    Attributes:
+        attempt: The newest attempt that wrote, 0 if none did.
+    """
 
     revision: int
     slices: list[ChunkSlice]
     next_index: int
     closes: str = ""
     more: bool = False
+    attempt: int = 0
 
 
 encode = msgspec.msgpack.Encoder().encode

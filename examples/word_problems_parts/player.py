@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from aidb_ray import ModelMessage, TextAdapter, Tool, ToolContext, ToolError, tool
-from aidb_ray.models.base import adapter_fingerprint
 from aidb_ray.testing import CallTool, Part
 from examples.word_problems_parts.numbers import calculate, format_number
 from examples.word_problems_parts.problems import Problem, load_problems, tokens_of
@@ -61,10 +60,6 @@ class WitnessedModel:
         return self.adapter.stream(
             messages, tools=tools, system_prompts=system_prompts, output_schema=output_schema
         )
-
-    def fingerprint(self) -> str:
-        """Return the inner adapter's: being watched does not make it another model."""
-        return adapter_fingerprint(self.adapter)
 
 
 def make_calculator(witness: Witness, *, is_broken: bool) -> Tool:

@@ -47,7 +47,7 @@ class Found:
     """What is to be judged after a run.
 
     Attributes:
-        replies: Every reply row, by session.
+        replies: The text of every reply row, by session or else by what it answers.
         rounds, calls, events: Lines of the witnesses, of all drivers.
         is_scripted: Whether the model played the references, one call for each mark.
         tokens: Tokens that the model streamed in finished rounds.
@@ -72,9 +72,8 @@ def judge(found: Found) -> tuple[Report, list[str]]:
     rounds = find_repeats(found.rounds, interruptions)
     calls = find_repeats(found.calls, interruptions)
     victims = Counter(event["victim"] for event in found.events if event["event"] == "kill")
-    counts = {
-        problem.session: len(found.replies.get(problem.session, ())) for problem in found.problems
-    }
+    sessions = {problem.session for problem in found.problems}
+    counts = {each: len(found.replies.get(each, ())) for each in sessions | found.replies.keys()}
     report = Report(
         conversations=len(found.problems),
         right=sum(
@@ -92,13 +91,14 @@ def judge(found: Found) -> tuple[Report, list[str]]:
         kills_of_shards_at_work=victims["shard at work"],
         seconds=round(found.seconds, 3),
     )
-    wrongs = [f"{session} has {n} replies" for session, n in counts.items() if n != 1]
+    wrongs = [f"{session} has {n} replies" for session, n in sorted(counts.items()) if n != 1]
+    wrongs += [f"{session} was not asked for" for session in sorted(counts.keys() - sessions)]
     wrongs += [f"round {each} was repeated without a kill" for each in rounds.unexplained]
     wrongs += [f"call {each} was repeated without a kill" for each in calls.unexplained]
     if found.is_scripted:
         marks = sum(len(problem.marks) for problem in found.problems)
         wrongs += _differs("calls", len(found.calls) - calls.total, marks)
-        wrongs += _differs("rounds", len(found.rounds) - rounds.total, marks + len(counts))
+        wrongs += _differs("rounds", len(found.rounds) - rounds.total, marks + len(sessions))
     return report, wrongs
 
 

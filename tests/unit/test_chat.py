@@ -49,9 +49,21 @@ class Recorded:
         return self.replies[len(self.conversations) - 1]
 
 
-async def run(script: Any, **options: Any) -> list[Event]:
+async def run(
+    script: Any,
+    *,
+    tools: Sequence[Tool] = (),
+    max_iterations: int = 10,
+    output_schema: type[BaseModel] | None = None,
+) -> list[Event]:
     events: list[Event] = []
-    stream: Any = chat(adapter=ScriptedModel(script), messages=HELLO, **options)
+    stream = chat(
+        adapter=ScriptedModel(script),
+        messages=HELLO,
+        tools=tools,
+        max_iterations=max_iterations,
+        output_schema=output_schema,
+    )
     await collect(stream, events)
     return events
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import TypeVar
 
 import pyarrow as pa
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aidb_ray.store.frames import (
+    CHUNK_SCHEMA,
     HEADER_SIZE,
     SECTOR,
     Frame,
@@ -29,6 +31,7 @@ from aidb_ray.store.frames import (
 from tests.frame_builders import make_chunks, make_frame
 
 SALT = 0xC0FFEE
+T = TypeVar("T")
 
 
 def encode(frame: Frame, *, offset: int = 4096, prev_chain: int = 7) -> bytes:
@@ -57,31 +60,38 @@ def payload_of(data: bytes, header: FrameHeader) -> bytes:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-rows = st.builds(
-    lambda lines: Rows(*(list(column) for column in zip(*lines, strict=True))),
-    st.lists(
-        st.tuples(
-            st.integers(0, 2**62),
-            st.integers(0, 255),
-            texts,
-            texts,
-            texts,
-            st.none() | st.binary(max_size=600),
-        ),
-        min_size=1,
-        max_size=30,
-    ),
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Rows:
+    count = draw(st.integers(1, 30))
+
+    def column(values: st.SearchStrategy[T]) -> list[T]:
+        return draw(st.lists(values, min_size=count, max_size=count))
+
+    return Rows(
+        revisions=column(st.integers(0, 2**62)),
+        ops=column(st.integers(0, 255)),
+        sessions=column(texts),
+        collections=column(texts),
+        keys=column(texts),
+        values=column(st.none() | st.binary(max_size=600)),
+    )
+
+
+@given(
+    rows(), st.none() | st.lists(texts, max_size=50), st.integers(0, 1 << 20).map(lambda n: n * 8)
 )
-
-
-@given(rows, st.none() | st.lists(texts, max_size=50), st.integers(0, 1 << 20).map(lambda n: n * 8))
-def test_a_frame_comes_back_as_it_was(rows: Rows, payloads: list[str] | None, offset: int) -> None:
-    chunks = None
+def test_a_frame_comes_back_as_it_was(
+    columns: Rows, payloads: list[str] | None, offset: int
+) -> None:
+    chunks: pa.RecordBatch | None = None
     if payloads is not None:
-        columns = [pa.array([1] * len(payloads), pa.uint8()), pa.array(payloads, pa.utf8())]
-        chunks = pa.RecordBatch.from_arrays(columns, ["type", "payload"])
+        chunks = pa.RecordBatch.from_pylist(
+            [{"type": 1, "payload": payload} for payload in payloads], schema=CHUNK_SCHEMA
+        )
 
-    data = encode(Frame(9, 2, rows, chunks), offset=offset)
+    data = encode(Frame(9, 2, columns, chunks), offset=offset)
 
     header = decode(data, offset=offset)
     assert header is not None
@@ -91,7 +101,7 @@ def test_a_frame_comes_back_as_it_was(rows: Rows, payloads: list[str] | None, of
     payload = payload_of(data, header)
     assert is_intact(payload, header)
     row_batch, chunk_batch = split_payload(payload)
-    assert decode_rows([row_batch]) == [rows]
+    assert decode_rows([row_batch]) == [columns]
     assert decode_chunks(chunk_batch) == chunks
 
 
@@ -163,7 +173,7 @@ def test_a_header_with_a_flipped_bit_does_not_look_torn() -> None:
         for bit in range(HEADER_SIZE * 8):
             damaged = bytearray(data)
             damaged[bit // 8] ^= 1 << bit % 8
-            assert not is_torn_header(damaged, offset)
+            assert not is_torn_header(bytes(damaged), offset)
 
 
 @pytest.mark.parametrize("offset", [0, 8, 448, 500])

@@ -67,6 +67,10 @@ class Probe:
     async def events(self) -> list[str]:
         return self._events
 
+    async def reset(self) -> None:
+        self._events = self._events[:1]
+        self._gate = asyncio.Event()
+
     async def join(self, left: str, *, right: str) -> str:
         return left + right
 
@@ -117,6 +121,7 @@ def start_probe() -> StartProbe:
 @pytest.fixture
 async def probe(start_probe: StartProbe) -> AsyncIterator[ActorRef[Probe]]:
     ref = await start_probe()
+    await until_event(ref, "started")
     yield ref
     await ref.stop()
 
@@ -124,7 +129,7 @@ async def probe(start_probe: StartProbe) -> AsyncIterator[ActorRef[Probe]]:
 async def until_event(probe: ActorRef[Probe], event: str) -> list[str]:
     """Ask until `event` happened; another process cannot be awaited otherwise."""
     async with asyncio.timeout(20):
-        while event not in (events := await probe.ask(Probe.events)):
+        while event not in (events := await probe.ask(Probe.events)):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return events
 
@@ -132,7 +137,7 @@ async def until_event(probe: ActorRef[Probe], event: str) -> list[str]:
 async def until(is_so: Callable[[], bool]) -> None:
     """Look until something happened in another process."""
     async with asyncio.timeout(20):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110  As above.
             await asyncio.sleep(0.01)
 
 

@@ -11,7 +11,6 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 
 from aidb_ray import ModelMessage, ToolError, chat
-from aidb_ray.models.base import adapter_fingerprint
 from aidb_ray.testing import CallTool, ScriptedModel
 from examples.word_problems_parts.numbers import (
     calculate,
@@ -277,10 +276,3 @@ def test_a_round_is_noted_before_it_is_asked_for(tmp_path: Path) -> None:
     assert [(line["session"], line["key"]) for line in witness.read()] == [
         ("aidb://problems/7", "1")
     ]
-
-
-def test_being_watched_does_not_make_another_model(tmp_path: Path) -> None:
-    model = ScriptedModel(Player(SHIPPED))
-    watched = [WitnessedModel(model, Witness(tmp_path / name), SHIPPED) for name in "ab"]
-
-    assert len({adapter_fingerprint(each) for each in watched}) == 1

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from aidb_ray import UnavailableError
-from examples.word_problems import main, parse_options
+from examples.word_problems import choose_pace, main, parse_options
 from examples.word_problems_parts.killer import Killer, choose_victim
 from examples.word_problems_parts.place import name_task, open_place
 from examples.word_problems_parts.problems import Problem
@@ -216,6 +216,7 @@ def test_a_good_run_has_nothing_wrong() -> None:
     [
         ({"replies": {}}, "aidb://problems/0 has 0 replies"),
         ({"replies": {PROBLEM.session: ["#### 2"] * 2}}, "aidb://problems/0 has 2 replies"),
+        ({"replies": {PROBLEM.session: ["#### 2"], "x": ["#### 2"]}}, "x was not asked for"),
         (
             {"calls": [line(3, "c", PROBLEM.session), line(4, "c", PROBLEM.session)]},
             "call aidb://problems/0 c was repeated without a kill",
@@ -293,12 +294,18 @@ def test_a_directory_may_be_moved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "is_same"),
-    [([], True), (["--kill-every", "2"], False), (["--break-calculator"], False)],
+    [
+        ([], True),
+        (["--kill-every", "2"], False),
+        (["--break-calculator"], False),
+        (["--address", "auto"], False),
+    ],
 )
 def test_the_same_command_goes_on_and_another_starts_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: list[str], *, is_same: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     places = [parse_options(arguments).open_place() for arguments in ([], other)]
 
@@ -310,6 +317,23 @@ def test_a_named_directory_goes_on_with_and_without_kills(tmp_path: Path) -> Non
     killing = parse_options([*named, "--kill-every", "2"]).open_place()
 
     assert parse_options(named).open_place() == killing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pace"),
+    [
+        ([], None),
+        (["--tokens-per-second", "50"], 50),
+        (["--kill-every", "2", "--tokens-per-second", "50"], 50),
+        # Two of three at once, 30 tokens in all: 15 a lane, over 8 kills of 2 seconds.
+        (["--kill-every", "2", "--concurrency", "2"], 15 / 16),
+        (["--kill-every", "2"], 10 / 16),
+    ],
+)
+def test_a_run_that_kills_lasts_for_some_kills(arguments: list[str], pace: float | None) -> None:
+    problems = [Problem(index, f"{index}?", "one " * 9 + "ten") for index in range(3)]
+
+    assert choose_pace(parse_options(arguments), problems) == pace
 
 
 @pytest.mark.parametrize("arguments", [["--data", "none.jsonl"], ["--break-calculator"]])
