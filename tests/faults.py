@@ -72,6 +72,10 @@ class _Disk:
         self.pending.clear()
 
 
+class PowerCut(BaseException):
+    """The power went: no call does anything any more."""
+
+
 class FaultyFiles(FileSystem):
     """Real files with faults of choice; one instance is one life of the process that uses it.
 
@@ -82,6 +86,8 @@ class FaultyFiles(FileSystem):
         short_writes: Whether writes take only half of what they are given.
         free: Bytes left on the disk; None if it is large.
         die_in_write: At this write (from 1), write a part and kill this process.
+        cut_at: Before this call of any kind (from 1), the power goes.
+        synced_again: How often a file was synced whose sync had failed.
         flip_in_read: At this read (from 1), flip one bit of what was read.
     """
 
@@ -93,8 +99,12 @@ class FaultyFiles(FileSystem):
         self.free: int | None = None
         self.die_in_write = 0
         self.flip_in_read = 0
+        self.cut_at = 0
+        self.synced_again = 0
         self._root = root
         self._matching = 0
+        self._all_calls = 0
+        self._distrusted: set[int] = set()
         self._fds: dict[int, _Disk] = {}
         self._live: dict[Path, _Disk] = {}
         for path in root.rglob("*"):
@@ -145,6 +155,7 @@ class FaultyFiles(FileSystem):
 
     def close(self, fd: int) -> None:
         self._fds.pop(fd, None)
+        self._distrusted.discard(fd)
         super().close(fd)
 
     def read(self, fd: int, size: int, offset: int) -> bytes:
@@ -193,10 +204,12 @@ class FaultyFiles(FileSystem):
 
     def sync_data(self, fd: int) -> None:
         disk = self._fds[fd]
+        self.synced_again += fd in self._distrusted
         try:
             self._enter("sync_data")
         except OSError:
             disk.pending.clear()
+            self._distrusted.add(fd)
             raise
         disk.apply(None)
 
@@ -229,6 +242,9 @@ class FaultyFiles(FileSystem):
         return super().lock(fd)
 
     def _enter(self, kind: CallKind) -> None:
+        self._all_calls += 1
+        if 0 < self.cut_at <= self._all_calls:
+            raise PowerCut
         self.calls[kind] = self.calls.get(kind, 0) + 1
         fault = self.fault
         if fault is None or kind not in fault.kinds:

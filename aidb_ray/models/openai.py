@@ -342,6 +342,8 @@ def parse_retry_after(headers: Mapping[str, str], now: datetime) -> int | None:
             return max(0, int(float(headers.get(name, "")) * unit_ms))
     with suppress(ValueError):
         until = parsedate_to_datetime(headers.get("retry-after", ""))
+        # HTTP dates are in UTC, even where they leave out to say so.
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
         return max(0, int((until - now).total_seconds() * 1_000))
     return None
 

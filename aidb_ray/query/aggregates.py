@@ -13,9 +13,6 @@ from sortedcontainers import SortedList
 
 from aidb_ray.query.ordering import ascending
 
-# Every finite double is a whole multiple of 2**-1074.
-_BITS = 1074
-
 
 class Aggregate(Protocol):
     """A bag of values and what it comes to."""
@@ -54,13 +51,15 @@ class _Count:
 class _Sum:
     """Exact sum of the numbers. Whole if all of them are, else a decimal."""
 
-    __slots__ = ("_decimals", "_numbers", "_parts", "_whole")
+    __slots__ = ("_bits", "_decimals", "_numbers", "_parts", "_whole")
 
     def __init__(self) -> None:
         self._numbers = 0
         self._decimals = 0
         self._whole = 0
-        self._parts = 0  # Sum of the decimals, in units of 2**-1074.
+        # Sum of the decimals in units of 2**-bits, as fine as the finest of them needs.
+        self._parts = 0
+        self._bits = 0
 
     def add(self, value: Any) -> None:
         self._change(value, 1)
@@ -74,7 +73,11 @@ class _Sum:
             self._whole += sign * value
         elif kind is float:
             numerator, denominator = value.as_integer_ratio()
-            self._parts += sign * numerator << (_BITS + 1 - denominator.bit_length())
+            bits = denominator.bit_length() - 1
+            if bits > self._bits:
+                self._parts <<= bits - self._bits
+                self._bits = bits
+            self._parts += sign * numerator << (self._bits - bits)
             self._decimals += sign
         else:
             return
@@ -91,7 +94,7 @@ class _Sum:
         try:
             if not self._decimals:
                 return self._whole / count
-            return ((self._whole << _BITS) + self._parts) / (count << _BITS)
+            return ((self._whole << self._bits) + self._parts) / (count << self._bits)
         except OverflowError:
             return None
 

@@ -40,6 +40,7 @@ OfRows: TypeAlias = (
     | Callable[[Ref, Ref, Ref, Ref], T]
 )
 """A function of rows, whose parameters are named after aliases."""
+JoinOn: TypeAlias = OfRows[Expression]
 
 Outputs: TypeAlias = "tuple[tuple[str, Node | Outputs], ...]"
 """Names of a selected row with what stands under each; tuples within are objects within."""
@@ -160,23 +161,23 @@ class Query(Generic[R_co]):
         """Ask for the first row only."""
         return replace(self, is_single=True)
 
-    def join(self, *_args: object, **_sources: object) -> NoReturn:
+    def join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """Raise `QueryError`: a query reads one source."""
         raise _unsupported("join")
 
-    def left_join(self, *_args: object, **_sources: object) -> NoReturn:
+    def left_join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """See `join`."""
         raise _unsupported("left_join")
 
-    def right_join(self, *_args: object, **_sources: object) -> NoReturn:
+    def right_join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """See `join`."""
         raise _unsupported("right_join")
 
-    def inner_join(self, *_args: object, **_sources: object) -> NoReturn:
+    def inner_join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """See `join`."""
         raise _unsupported("inner_join")
 
-    def full_join(self, *_args: object, **_sources: object) -> NoReturn:
+    def full_join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """See `join`."""
         raise _unsupported("full_join")
 
@@ -329,10 +330,14 @@ def _both(first: Node | None, second: Node) -> Node:
 
 def _field_or_value(value: object, clause: str) -> Node:
     if not isinstance(value, Expression):
-        raise QueryError(f"{clause} needs a field or value of a row, not {value!r}.")
+        raise QueryError(
+            f"{clause} needs a field or value of a row, not {value!r}.", code="invalid_expression"
+        )
     node = as_node(value)
     if isinstance(node, Reference) and not node.path:
-        raise QueryError(f"{clause} needs a field of {node}, not the whole row.")
+        raise QueryError(
+            f"{clause} needs a field of {node}, not the whole row.", code="invalid_expression"
+        )
     return node
 
 

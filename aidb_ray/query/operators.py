@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import msgspec
 from sortedcontainers import SortedList
 
-from aidb_ray.errors import QueryError
+from aidb_ray.errors import AidbError, QueryError
 from aidb_ray.expressions import (
     SYNCED,
     Call,
@@ -62,21 +62,61 @@ class RowChange(msgspec.Struct, frozen=True):
     synced: bool = True
 
 
-class Delta(msgspec.Struct, Generic[R], frozen=True):
-    """One row of an answer that is new, different or gone.
+class Delta(Generic[R]):
+    """One row of an answer that is new, different or gone. It does not change.
 
     Attributes:
         op: `enter`, `update`, or `exit`.
         key: Identifies the row in the answer: the source's key, or the values that make a group
             or a distinct row what it is.
-        row: The row as it is now; at `exit` as it was.
         revision: The commit that caused this; it may have changed another row than this one.
     """
 
-    op: Op
-    key: Any
-    row: R
-    revision: int
+    __slots__ = ("_entry", "key", "op", "revision")
+    __match_args__ = ("op", "key", "row", "revision")
+
+    def __init__(self, op: Op, key: Any, row: R, revision: int) -> None:
+        self._begin(op, _Entry(key, (), None, lambda _raw: row), revision)
+
+    @classmethod
+    def of(cls, op: Op, entry: _Entry, revision: int) -> Delta[R]:
+        """Return a delta whose row is decoded when someone looks at it."""
+        delta = cls.__new__(cls)
+        delta._begin(op, entry, revision)
+        return delta
+
+    def _begin(self, op: Op, entry: _Entry, revision: int) -> None:
+        self.op: Op = op
+        self.key: Any = entry.key
+        self.revision = revision
+        self._entry = entry
+
+    @property
+    def row(self) -> R:
+        """The row as it is now; at `exit` as it was.
+
+        Raises:
+            QueryError: the row is not what its type or `select` requires (`invalid_row`).
+        """
+        return self._entry.row()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Delta):
+            return NotImplemented
+        ours, theirs = self._to_tuple(), cast("Delta[Any]", other)._to_tuple()
+        return ours == theirs
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        op, key, row, revision = self._to_tuple()
+        return f"Delta({op!r}, {key!r}, {row!r}, revision={revision})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Delta, self._to_tuple()
+
+    def _to_tuple(self) -> tuple[Op, Any, R, int]:
+        return self.op, self.key, self.row, self.revision
 
 
 class Pipeline(Generic[R]):
@@ -97,8 +137,7 @@ class Pipeline(Generic[R]):
         (self._alias, source), *_ = query.sources
         self._keeps = None if query.predicate is None else compile_predicate(query.predicate)
         self._marks_synced = query.reads_synced
-        self._show = _show(query, decode or _decoder(source))
-        self._answer = _answer(query)
+        self._answer = _answer(query, _show(query, decode or _decoder(source)))
         target: _Placed = _Distinct(self._answer) if query.is_distinct else self._answer
         self._groups, self._first = _stages(query, target)
         self._rows: list[R] | None = None
@@ -106,9 +145,13 @@ class Pipeline(Generic[R]):
 
     @property
     def rows(self) -> list[R]:
-        """The answer, in order."""
+        """The answer, in order.
+
+        Raises:
+            QueryError: a row is not what its type or `select` requires (`invalid_row`).
+        """
         if self._rows is None:
-            self._rows = [self._shown(entry) for entry in self._answer.in_order()]
+            self._rows = [entry.row() for entry in self._answer.in_order()]
         return self._rows.copy()
 
     def enters(self) -> list[Delta[R]]:
@@ -116,21 +159,17 @@ class Pipeline(Generic[R]):
 
         Their revision is that of the newest change taken in.
         """
-        return [
-            Delta("enter", entry.key, self._shown(entry), self._revision)
-            for entry in self._answer.in_order()
-        ]
+        return [Delta.of("enter", entry, self._revision) for entry in self._answer.in_order()]
 
     def advance(self, changes: Iterable[RowChange]) -> list[Delta[R]]:
         """Take in the changes of one commit or snapshot, and return what they do to the answer.
 
         There is at most one delta for each key: exits first, then the others, both in the order
-        of the answer. A row that only moves gives none.
-
-        Raises:
-            QueryError: a row cannot be decoded (`invalid_row`). The changes are taken in.
+        of the answer. A row that only moves gives none. No row can make this fail; one that
+        cannot be decoded fails whoever looks at it.
         """
         keeps, put, marks_synced = self._keeps, self._first.put, self._marks_synced
+        newest = self._revision
         for change in changes:
             assert change.alias == self._alias, f"{change.alias!r} is not {self._alias!r}"
             row = change.row
@@ -139,8 +178,14 @@ class Pipeline(Generic[R]):
             if row is not None and keeps is not None and not keeps(row):
                 row = None
             put(change.key, row, change.revision)
-            self._revision = max(self._revision, change.revision)
-        return self._deltas()
+            newest = max(newest, change.revision)
+        self._revision = newest
+        if self._groups is not None:
+            self._groups.flush()
+        if not self._answer.touched:
+            return []
+        self._rows = None
+        return [Delta.of(*move) for move in self._answer.flush()]
 
     def restart(self, snapshot: Iterable[RowChange], *, revision: int) -> list[Delta[R]]:
         """Take in all rows there are at `revision`; those that are not among them are gone."""
@@ -149,26 +194,6 @@ class Pipeline(Generic[R]):
         for key in set(self._first.keys()) - keys:
             self._first.put(key, None, revision)
         return self.advance(present)
-
-    def _deltas(self) -> list[Delta[R]]:
-        if self._groups is not None:
-            self._groups.flush()
-        if not self._answer.is_touched:
-            return []
-        self._rows = None
-        moves = self._answer.flush()
-        return [Delta(op, entry.key, self._shown(entry), revision) for op, entry, revision in moves]
-
-    def _shown(self, entry: _Entry) -> R:
-        if entry.shown is None:
-            try:
-                entry.shown = self._show(entry.raw)
-            except (TypeError, ValueError) as error:
-                raise QueryError(
-                    f"The row {entry.key!r} is not what the query makes of it: {error}",
-                    code="invalid_row",
-                ) from error
-        return entry.shown
 
 
 class _Keyed(Protocol):
@@ -301,15 +326,28 @@ def _aggregate(index: int) -> str:
 
 
 class _Entry:
-    """A row of the answer, as computed and, once someone looked, as its reader gets it."""
+    """A row of the answer: as computed and, once someone looked, as readers get it."""
 
-    __slots__ = ("key", "place", "raw", "shown")
+    __slots__ = ("_show", "_shown", "key", "place", "raw")
 
-    def __init__(self, key: Key, place: Place, raw: Any) -> None:
+    def __init__(self, key: Key, place: Place, raw: Any, show: Decode) -> None:
         self.key = key
         self.place = place
         self.raw = raw
-        self.shown: Any = None
+        self._show: Decode | None = show
+        self._shown: Any = None
+
+    def row(self) -> Any:
+        if self._show is not None:
+            try:
+                self._shown = self._show(self.raw)
+            except (AidbError, TypeError, ValueError) as error:
+                raise QueryError(
+                    f"The row {self.key!r} is not what its reader asks for: {error}",
+                    code="invalid_row",
+                ) from error
+            self._show = None
+        return self._shown
 
 
 class _Distinct:
@@ -352,15 +390,16 @@ class _Distinct:
 class _Answer:
     """All rows, put in order when they are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: Decode) -> None:
+        self._show = show
         self._entries: dict[Key, _Entry] = {}
         # What readers had of a row before this step, and the latest commit that touched it.
-        self._touched: dict[Key, tuple[_Entry | None, int]] = {}
+        self.touched: dict[Key, tuple[_Entry | None, int]] = {}
 
     def put(self, key: Key, place: Place | None, raw: Any, revision: int) -> None:
         before = self._entries.get(key)
         if place is not None:
-            self._entries[key] = _Entry(key, place, raw)
+            self._entries[key] = _Entry(key, place, raw, self._show)
         elif before is not None:
             del self._entries[key]
         else:
@@ -368,19 +407,14 @@ class _Answer:
         self._touch(key, before, revision)
 
     def _touch(self, key: Key, before: _Entry | None, revision: int) -> None:
-        touched = self._touched.get(key)
-        self._touched[key] = (before if touched is None else touched[0]), revision
+        touched = self.touched.get(key)
+        self.touched[key] = (before if touched is None else touched[0]), revision
 
     def keys(self) -> Iterable[Key]:
         return self._entries.keys()
 
     def in_order(self) -> Iterator[_Entry]:
         return iter(sorted(self._entries.values(), key=_place_of))
-
-    @property
-    def is_touched(self) -> bool:
-        """Whether rows were put, moved or dropped since the last `flush`."""
-        return bool(self._touched)
 
     def _visible(self, key: Key) -> _Entry | None:
         return self._entries.get(key)
@@ -389,7 +423,7 @@ class _Answer:
         """Return what readers have to learn since the last time, in the order of the answer."""
         gone: list[tuple[Op, _Entry, int]] = []
         here: list[tuple[Op, _Entry, int]] = []
-        for key, (before, revision) in self._touched.items():
+        for key, (before, revision) in self.touched.items():
             after = self._visible(key)
             if before is None:
                 if after is not None:
@@ -398,7 +432,7 @@ class _Answer:
                 gone.append(("exit", before, revision))
             elif not _same(before.raw, after.raw):
                 here.append(("update", after, revision))
-        self._touched.clear()
+        self.touched.clear()
         gone.sort(key=_place_of_move)
         here.sort(key=_place_of_move)
         return gone + here
@@ -411,8 +445,8 @@ class _Window(_Answer):
     Costs O(log n) for each row that changes.
     """
 
-    def __init__(self, begin: int, end: int) -> None:
-        super().__init__()
+    def __init__(self, show: Decode, begin: int, end: int) -> None:
+        super().__init__(show)
         self._begin = begin
         self._end = end
         self._places: SortedList[Place] = SortedList()
@@ -420,14 +454,14 @@ class _Window(_Answer):
     def put(self, key: Key, place: Place | None, raw: Any, revision: int) -> None:
         before = self._entries.get(key)
         if before is not None and before.place == place:
-            self._entries[key] = _Entry(key, before.place, raw)
+            self._entries[key] = _Entry(key, before.place, raw, self._show)
             if self._visible(key) is not None:
                 self._touch(key, before, revision)
             return
         if before is not None:
             self._remove(before, revision)
         if place is not None:
-            self._insert(_Entry(key, place, raw), revision)
+            self._insert(_Entry(key, place, raw, self._show), revision)
 
     def _remove(self, entry: _Entry, revision: int) -> None:
         at = self._places.bisect_left(entry.place)
@@ -482,11 +516,11 @@ def _same(before: Any, after: Any) -> bool:
     return before is after or (before == after and identity(before) == identity(after))
 
 
-def _answer(query: Query[Any]) -> _Answer:
+def _answer(query: Query[Any], show: Decode) -> _Answer:
     begin, end = query.window
     if begin == 0 and end is None:
-        return _Answer()
-    return _Window(begin, sys.maxsize if end is None else end)
+        return _Answer(show)
+    return _Window(show, begin, sys.maxsize if end is None else end)
 
 
 def _stages(query: Query[Any], target: _Placed) -> tuple[_Groups | None, _Keyed]:

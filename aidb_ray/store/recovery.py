@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from aidb_ray.errors import CorruptionError
@@ -43,14 +44,14 @@ class Recovered:
         unproven: The last frame, if nothing shows that it had reached the disk. It validates,
             but may so far be in memory only, so it has to be written anew before it is served.
         torn_bytes: How many bytes of a torn write lie behind the last good frame.
-        is_sealed: Whether the segment before the last one carries its seal.
+        unsealed: Segments that have a successor but no valid seal, each with it.
     """
 
     heads: tuple[SegmentHead, ...]
     tail: Tail
     unproven: UnprovenFrame | None
     torn_bytes: int
-    is_sealed: bool
+    unsealed: tuple[tuple[SegmentHead, SegmentHead], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,20 +120,27 @@ def recover(
             first_revision=after + 1,
             last_revision=heads[0].next_revision - 1,
         )
-    start = first_needed(heads, after)
-    for head, successor in zip(heads[start:], heads[start + 1 :], strict=False):
-        _check_closed(files, directory, salt, head, successor)
-    return _recover_last(files, directory, salt, heads, watermark)
+    # A crash may come between a segment's birth and its predecessor's seal. That, or damage to a
+    # seal, loses nothing: the successor says where the segment ends.
+    unsealed = tuple(
+        pair
+        for pair in pairwise(heads[first_needed(heads, after) :])
+        if not _check_closed(files, directory, salt, *pair)
+    )
+    return _recover_last(files, directory, salt, heads, watermark, unsealed)
 
 
 def _check_closed(
     files: FileSystem, directory: Path, salt: int, head: SegmentHead, successor: SegmentHead
-) -> None:
+) -> bool:
+    """Check all frames of a segment that has a successor; return whether it is sealed."""
     path = segment_path(directory, head.number)
     with SegmentReader(files, path, head.number, salt) as reader:
         walk = SegmentWalk(reader, head, successor.prev_end)
         for _ in walk:
             pass
+        seal = reader.header(successor.prev_end)
+        is_sealed = seal is not None and seal.kind == FrameKind.SEAL
     tail = walk.tail
     expected = (successor.prev_end, successor.next_revision - 1, successor.prev_chain)
     if (tail.offset, tail.revision, tail.chain) != expected:
@@ -146,6 +154,7 @@ def _check_closed(
             first_revision=tail.revision + 1,
             last_revision=successor.next_revision - 1,
         )
+    return is_sealed
 
 
 def _recover_last(
@@ -154,6 +163,7 @@ def _recover_last(
     salt: int,
     heads: tuple[SegmentHead, ...],
     watermark: Position,
+    unsealed: tuple[tuple[SegmentHead, SegmentHead], ...],
 ) -> Recovered:
     head = heads[-1]
     path = segment_path(directory, head.number)
@@ -181,7 +191,7 @@ def _recover_last(
         tail=walk.tail,
         unproven=unproven,
         torn_bytes=torn_bytes,
-        is_sealed=len(heads) < 2 or _is_sealed(files, directory, salt, heads[-2], head),
+        unsealed=unsealed,
     )
 
 
@@ -221,12 +231,3 @@ def _is_torn(reader: SegmentReader, walk: SegmentWalk, offset: int) -> bool:
     if header is None:
         return False
     return is_torn_payload(reader.payload(offset, header), offset + HEADER_SIZE, header)
-
-
-def _is_sealed(
-    files: FileSystem, directory: Path, salt: int, head: SegmentHead, successor: SegmentHead
-) -> bool:
-    path = segment_path(directory, head.number)
-    with SegmentReader(files, path, head.number, salt) as reader:
-        header = reader.header(successor.prev_end)
-    return header is not None and header.kind == FrameKind.SEAL

@@ -42,7 +42,6 @@ SessionRow = tuple[str, str, int, bytes]
 
 BLOCK_ROWS: Final = 256
 BLOCK_BYTES: Final = 128 << 10
-_SMALL_BLOCK_ROWS: Final = BLOCK_ROWS // 4
 _WRITE_BYTES: Final = 1 << 20
 _SCAN_BYTES: Final = 1 << 20
 _SLICE_SECONDS: Final = 0.002
@@ -411,9 +410,9 @@ class SnapshotWriter:
                 self._next_block += 1
             elif session is not None and block.last_session >= session:
                 self._open_block()
-            elif 0 < len(self._pending[0]) < _SMALL_BLOCK_ROWS:
+            elif self._is_small(len(self._pending[0]), self._pending_bytes):
                 # Copying would leave a tiny block before it, and in time nothing but tiny ones.
-                self._open_block()
+                self._absorb_block()
             else:
                 self._copy_block(block)
             if self._is_due():
@@ -423,6 +422,29 @@ class SnapshotWriter:
         assert self._base is not None
         self._cursor = _Cursor(self._base.read_columns(self._next_block))
         self._next_block += 1
+
+    def _absorb_block(self) -> None:
+        """Write a block of the base together with the few rows before it, as one block or two.
+
+        No row is left over, so the blocks after it can be copied.
+        """
+        assert self._base is not None
+        block = self._base.read_columns(self._next_block)
+        self._next_block += 1
+        for pending, column in zip(self._pending, block, strict=True):
+            pending.extend(column)
+        self._pending_bytes += sum(map(len, block[4]))
+        rows = len(self._pending[0])
+        if rows > BLOCK_ROWS * 3 // 2 or self._pending_bytes > BLOCK_BYTES * 3 // 2:
+            rest = [column[rows // 2 :] for column in self._pending]
+            self._pending = [column[: rows // 2] for column in self._pending]
+            self._flush_rows()
+            self._pending = rest
+        self._flush_rows()
+
+    @staticmethod
+    def _is_small(rows: int, size: int) -> bool:
+        return 0 < rows < BLOCK_ROWS // 4 and size < BLOCK_BYTES // 4
 
     def _copy_block(self, block: _Block) -> None:
         assert self._base is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,9 @@ from aidb_ray.store.segments import (
     encode_seal,
     segment_path,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -131,8 +135,9 @@ class LogWriter:
         cut off the same way, by a successor that says where its predecessor ends.
         """
         last, unproven = recovered.heads[-1], recovered.unproven
-        if not recovered.is_sealed:
-            self._seal_file(recovered.heads[-2], last)
+        for head, successor in recovered.unsealed:
+            logger.warning("sealing segment %d again", head.number)
+            self._seal_file(head, successor)
         if unproven is None and not recovered.torn_bytes:
             fd = self._files.open(self._path(last), write=True)
             return LiveSegment(last, fd, self._files.size(fd), recovered.tail)

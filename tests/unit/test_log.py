@@ -421,18 +421,20 @@ def test_a_locked_store_names_its_holder(store: Path) -> None:
 
 def test_a_forked_child_does_not_keep_the_lock(store: Path) -> None:
     log = open_log(store)
-    read_end, write_end = os.pipe()
+    to_child, to_parent = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(write_end)
-        os.read(read_end, 1)
+        os.close(to_child[1])
+        os.write(to_parent[1], b"!")
+        os.read(to_child[0], 1)
         os._exit(0)
-    os.close(read_end)
+    assert os.read(to_parent[0], 1) == b"!"
     try:
         abandon(log)
         open_log(store).close()
     finally:
-        os.close(write_end)
+        for fd in (*to_child, *to_parent):
+            os.close(fd)
         os.waitpid(child, 0)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pytest
@@ -25,7 +27,9 @@ def chat_stream(*deltas: Json, finish: str | None = "stop", usage: Json | None =
         for delta in deltas
     ]
     if finish:
-        chunks.append({"id": "cmpl-1", "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+        chunks.append(
+            {"id": "cmpl-1", "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
+        )
     if usage:
         chunks.append({"id": "cmpl-1", "choices": [], "usage": usage})
     return b"".join(map(sse, chunks)) + b"data: [DONE]\n\n"
@@ -47,7 +51,7 @@ def translate(translator: ChatTranslator | ResponsesTranslator, body: bytes) -> 
     return events if translator.is_done else [*events, *translator.end()]
 
 
-def hear(events: list[BaseEvent]) -> Round:
+def hear(events: Sequence[BaseEvent]) -> Round:
     heard = Round()
     for event in events:
         heard.add(event)
@@ -217,11 +221,19 @@ def test_what_is_no_chat_chunk_is_malformed(payload: bytes) -> None:
 
 
 TEXT_ITEM: list[Json] = [
-    {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "id": "msg_1"}},
+    {
+        "type": "response.output_item.added",
+        "output_index": 0,
+        "item": {"type": "message", "id": "msg_1"},
+    },
     {"type": "response.output_text.delta", "output_index": 0, "item_id": "msg_1", "delta": "Hel"},
     {"type": "response.output_text.delta", "output_index": 0, "item_id": "msg_1", "delta": "lo"},
     {"type": "response.output_text.done", "output_index": 0, "item_id": "msg_1", "text": "Hello"},
-    {"type": "response.output_item.done", "output_index": 0, "item": {"type": "message", "id": "msg_1"}},
+    {
+        "type": "response.output_item.done",
+        "output_index": 0,
+        "item": {"type": "message", "id": "msg_1"},
+    },
 ]
 CREATED: Json = {"type": "response.created", "response": {"id": "resp_1", "usage": None}}
 COMPLETED: Json = {
@@ -242,7 +254,11 @@ COMPLETED: Json = {
 def call_item(index: int, call_id: str, name: str, *deltas: str, done: str = "") -> list[Json]:
     item = {"type": "function_call", "id": f"fc_{index}", "call_id": call_id, "name": name}
     return [
-        {"type": "response.output_item.added", "output_index": index, "item": {**item, "arguments": ""}},
+        {
+            "type": "response.output_item.added",
+            "output_index": index,
+            "item": {**item, "arguments": ""},
+        },
         *(
             {
                 "type": "response.function_call_arguments.delta",
@@ -299,7 +315,7 @@ def test_responses_calls_are_heard_whether_or_not_arguments_are_streamed() -> No
 
 def test_responses_reasoning_is_shown_and_kept_for_the_next_round() -> None:
     summary = "response.reasoning_summary_text.delta"
-    item = {"type": "reasoning", "id": "rs_1", "encrypted_content": "opaque", "summary": []}
+    item: Json = {"type": "reasoning", "id": "rs_1", "encrypted_content": "opaque", "summary": []}
     heard = hear(
         translate(
             ResponsesTranslator(),
@@ -361,49 +377,51 @@ def test_events_of_a_later_version_of_the_protocol_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("payload", "code", "retryable"),
+    ("payload", "expected"),
     [
-        ({"type": "error", "code": "server_error", "message": "m"}, "server_error", True),
-        ({"type": "error", "error": {"code": "rate_limit_exceeded"}}, "rate_limited", True),
+        ({"type": "error", "code": "server_error", "message": "m"}, ("server_error", True)),
+        ({"type": "error", "error": {"code": "rate_limit_exceeded"}}, ("rate_limited", True)),
         (
             {"type": "response.failed", "response": {"error": {"code": "invalid_prompt"}}},
-            "provider_error",
-            False,
+            ("provider_error", False),
         ),
     ],
 )
-def test_an_error_in_a_responses_stream_is_raised(payload: Json, code: str, retryable: bool) -> None:  # noqa: FBT001
+def test_an_error_in_a_responses_stream_is_raised(
+    payload: Json, expected: tuple[str, bool]
+) -> None:
     with pytest.raises(ModelError) as caught:
         ResponsesTranslator().translate(json.dumps(payload).encode())
 
-    assert (caught.value.code, caught.value.retryable) == (code, retryable)
+    assert (caught.value.code, caught.value.retryable) == expected
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code", "retryable"),
+    ("error", "status", "expected"),
     [
-        ({"message": "m", "type": "server_error"}, None, "server_error", True),
-        ({"error": {"message": "m", "code": 502}}, None, "server_error", True),
-        ({"message": "m", "code": 429}, None, "rate_limited", True),
-        ({"message": "m", "code": "insufficient_quota"}, 429, "insufficient_quota", False),
-        ({"message": "m", "code": "context_length_exceeded"}, 400, "context_length_exceeded", False),
-        ({"message": "m"}, 401, "unauthorized", False),
-        ({"message": "m"}, 404, "not_found", False),
-        ({"message": "m"}, 422, "invalid_request", False),
-        ({"message": "m"}, 503, "server_error", True),
-        ("<html>", 500, "server_error", True),
-        (None, 408, "timeout", True),
+        ({"message": "m", "type": "server_error"}, None, ("server_error", True)),
+        ({"error": {"message": "m", "code": 502}}, None, ("server_error", True)),
+        ({"message": "m", "code": 429}, None, ("rate_limited", True)),
+        ({"message": "m", "code": "insufficient_quota"}, 429, ("insufficient_quota", False)),
+        (
+            {"message": "m", "code": "context_length_exceeded"},
+            400,
+            ("context_length_exceeded", False),
+        ),
+        ({"message": "m"}, 401, ("unauthorized", False)),
+        ({"message": "m"}, 404, ("not_found", False)),
+        ({"message": "m"}, 422, ("invalid_request", False)),
+        ({"message": "m"}, 503, ("server_error", True)),
+        ("<html>", 500, ("server_error", True)),
+        (None, 408, ("timeout", True)),
     ],
 )
 def test_errors_are_told_apart_by_what_to_do_about_them(
-    error: Any,
-    status: int | None,
-    code: str,
-    retryable: bool,  # noqa: FBT001
+    error: Any, status: int | None, expected: tuple[str, bool]
 ) -> None:
     reported = provider_error(error, status=status)
 
-    assert (reported.code, reported.retryable) == (code, retryable)
+    assert (reported.code, reported.retryable) == expected
     assert str(reported)
 
 
@@ -415,9 +433,7 @@ def test_a_stream_may_be_cut_anywhere_on_its_way(cuts: list[int]) -> None:
     parser, marks = EventStreamParser(), [0, *sorted(cuts), len(BODY)]
 
     payloads = [
-        payload
-        for start, end in zip(marks, marks[1:], strict=False)
-        for payload in parser.feed(BODY[start:end])
+        payload for start, end in pairwise(marks) for payload in parser.feed(BODY[start:end])
     ]
 
     assert payloads == EventStreamParser().feed(BODY)
@@ -435,23 +451,25 @@ def test_an_event_without_end_is_refused() -> None:
     for _ in range(3):
         assert parser.feed(b"data: " + b"x" * 80 + b"\n\n")
 
+    assert parser.feed(b"data: " + b"x" * 80) == []
     with pytest.raises(ModelError) as caught:
-        for _ in range(3):
-            parser.feed(b"data: " + b"x" * 80)
+        parser.feed(b"x" * 80)
     assert caught.value.code == "malformed"
 
 
+def text_delta(field: str, text: str) -> Json:
+    return {field: text}
+
+
+def call_fragment(index: int, arguments: str, *, has_id: bool) -> Json:
+    given = {"id": f"c{index}"} if has_id else {}
+    return call_delta(index, arguments, name=f"f{index}", **given)
+
+
+fragments = st.text(max_size=3)
 deltas = st.one_of(
-    st.builds(lambda text: {"content": text}, st.text(max_size=3)),
-    st.builds(lambda text: {"reasoning": text}, st.text(max_size=3)),
-    st.builds(
-        lambda index, text, given: call_delta(
-            index, text, name=f"f{index}", **({"id": f"c{index}"} if given else {})
-        ),
-        st.integers(0, 2),
-        st.text(max_size=3),
-        st.booleans(),
-    ),
+    st.builds(text_delta, st.sampled_from(["content", "reasoning"]), fragments),
+    st.builds(call_fragment, st.integers(0, 2), fragments, has_id=st.booleans()),
 )
 
 

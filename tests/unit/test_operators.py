@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from fractions import Fraction
@@ -433,7 +434,7 @@ def test_rows_are_what_their_source_says() -> None:
     assert delta.row is pipeline.rows[0], "decoded once"
 
 
-def test_decoding_can_be_given_and_is_left_until_a_row_is_in_the_answer() -> None:
+def test_decoding_can_be_given_and_is_left_until_someone_looks() -> None:
     decoded: list[Row] = []
 
     def decode(row: Row) -> int:
@@ -442,6 +443,7 @@ def test_decoding_can_be_given_and_is_left_until_a_row_is_in_the_answer() -> Non
 
     pipeline = Pipeline(typed().order_by(lambda r: r.n).limit(1), decode=decode)
     pipeline.advance(changes(1, a={"n": 1}, b={"n": 2}))
+    assert decoded == []
 
     assert pipeline.rows == [1]
     assert decoded == [{"n": 1}]
@@ -467,15 +469,39 @@ def test_an_update_that_select_does_not_show_is_none() -> None:
     assert pipeline.advance(changes(2, a={"n": 1, "m": 2})) == []
 
 
-def test_a_row_that_cannot_be_decoded_is_named_and_the_pipeline_goes_on() -> None:
+def test_a_row_that_cannot_be_decoded_fails_only_who_looks_at_it() -> None:
     pipeline = Pipeline(typed())
 
-    with pytest.raises(QueryError, match="'bad'") as caught:
-        pipeline.advance(changes(1, bad={"targetAgent": 7}, good={"targetAgent": "x"}))
-    assert caught.value.code == "invalid_row"
+    bad, good = pipeline.advance(changes(1, bad={"targetAgent": 7}, good={"targetAgent": "x"}))
 
+    assert good.row == Message(target_agent="x")
+    for look in (lambda: bad.row, lambda: pipeline.rows):
+        with pytest.raises(QueryError, match="'bad'") as caught:
+            look()
+        assert caught.value.code == "invalid_row"
     pipeline.advance(changes(2, bad={"targetAgent": "y"}))
     assert [row.target_agent for row in pipeline.rows] == ["y", "x"]
+
+
+def test_a_delta_is_a_value_that_crosses_processes() -> None:
+    pipeline = Pipeline(typed())
+    (delta,) = pipeline.advance(changes(3, a={"targetAgent": "writer"}))
+
+    assert pickle.loads(pickle.dumps(delta)) == delta
+    assert delta == Delta("enter", "a", Message(target_agent="writer"), 3)
+    assert delta != Delta("update", "a", Message(target_agent="writer"), 3)
+    assert repr(Delta("exit", "a", 1, 3)) == "Delta('exit', 'a', 1, revision=3)"
+
+
+def test_a_new_reader_begins_with_the_answer_as_it_is() -> None:
+    pipeline = Pipeline(query().order_by(lambda r: r.n, "desc").limit(2))
+    pipeline.advance(changes(1, a={"n": 1}, b={"n": 2}, c={"n": 3}))
+    pipeline.advance(changes(2, b={"n": 9}))
+
+    assert pipeline.enters() == [
+        Delta("enter", "b", {"n": 9}, 2),
+        Delta("enter", "c", {"n": 3}, 2),
+    ]
 
 
 # Synced

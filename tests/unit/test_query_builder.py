@@ -22,6 +22,7 @@ from aidb_ray.expressions import (
     gt,
     max_,
     sum_,
+    synced,
     upper,
 )
 from aidb_ray.query.builder import OrderTerm, Query, QueryRoot, build
@@ -151,8 +152,6 @@ def test_a_written_query_can_be_built_again() -> None:
 
 
 def test_a_query_knows_whether_it_depends_on_what_is_durable() -> None:
-    from aidb_ray.expressions import synced
-
     assert messages().where(lambda m: synced(m)).reads_synced
     assert messages().select(lambda m: {"s": synced(m)}).reads_synced
     assert not pending().reads_synced
@@ -161,11 +160,13 @@ def test_a_query_knows_whether_it_depends_on_what_is_durable() -> None:
 # Mistakes, each refused where it is written
 
 
-class Two:
-    pass
+def cast_any(value: Any) -> Any:
+    return value
 
 
+# Untyped, as they come from users without a type checker.
 ANY: Any = None
+YES: Any = True
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ ANY: Any = None
         (lambda: messages().order_by(lambda m: m), "invalid_expression"),
         (lambda: messages().order_by(lambda m: m.n, ANY), "invalid_argument"),
         (lambda: messages().limit(-1), "invalid_argument"),
-        (lambda: messages().limit(True), "invalid_argument"),
+        (lambda: messages().limit(YES), "invalid_argument"),
         (lambda: messages().offset(ANY), "invalid_argument"),
         (lambda: messages().select(lambda m: {}), "invalid_select"),
         (lambda: messages().select(lambda m: {"x": {}}), "invalid_select"),
@@ -196,10 +197,10 @@ ANY: Any = None
         (lambda: build(messages().group_by(lambda m: m.n)), "select_required"),
         (lambda: build(lambda q: ANY), "invalid_lambda"),
         (lambda: build(ANY), "invalid_lambda"),
-        (lambda: QueryRoot().from_(), "source_required"),
+        (lambda: cast_any(QueryRoot()).from_(), "source_required"),
         (lambda: QueryRoot().from_(m=ANY), "invalid_source"),
         (lambda: QueryRoot().from_(m=Messages(), u=Messages()), "unsupported_query"),
-        (lambda: QueryRoot().from_(**{"m": cast_any(messages())}), "unsupported_query"),
+        (lambda: QueryRoot().from_(m=cast_any(messages())), "unsupported_query"),
         (lambda: messages().join(u=Messages(), on=lambda m, u: eq(m.n, u.n)), "unsupported_query"),
         (lambda: messages().left_join(u=Messages()), "unsupported_query"),
         (lambda: messages().right_join(u=Messages()), "unsupported_query"),
@@ -212,10 +213,6 @@ def test_a_mistake_is_refused(make: Callable[[], object], code: str) -> None:
     assert refused(make) == code
 
 
-def cast_any(value: Any) -> Any:
-    return value
-
-
 def test_a_wrong_alias_is_answered_with_the_right_ones() -> None:
     with pytest.raises(QueryError, match=r"'u' is not an alias .* aliases: m"):
         messages().where(lambda u: u.done)
@@ -225,21 +222,22 @@ def grouped(fn: Callable[[Ref], dict[str, Any]]) -> Query[Any]:
     return build(messages().group_by(lambda m: (m.target_agent, upper(m.n))).select(fn))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        lambda m: m.target_agent,
-        lambda m: upper(m.target_agent),
-        lambda m: upper(m.n),
-        lambda m: sum_(m.n) + count(m.done),
-        lambda m: "literal",
-    ],
-)
+AGREED: list[Callable[[Ref], Any]] = [
+    lambda m: m.target_agent,
+    lambda m: upper(m.target_agent),
+    lambda m: upper(m.n),
+    lambda m: sum_(m.n) + count(m.done),
+    lambda m: "literal",
+]
+DIFFERENT: list[Callable[[Ref], Any]] = [lambda m: m.n, lambda m: m, lambda m: sum_(m.n) + m.n]
+
+
+@pytest.mark.parametrize("value", AGREED)
 def test_what_a_group_agrees_in_can_be_selected(value: Callable[[Ref], Any]) -> None:
     assert grouped(lambda m: {"x": value(m)}).is_grouped
 
 
-@pytest.mark.parametrize("value", [lambda m: m.n, lambda m: m, lambda m: sum_(m.n) + m.n])
+@pytest.mark.parametrize("value", DIFFERENT)
 def test_what_differs_within_a_group_cannot(value: Callable[[Ref], Any]) -> None:
     assert refused(lambda: grouped(lambda m: {"y": 1, "x": value(m)})) == "not_grouped"
 

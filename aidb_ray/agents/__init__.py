@@ -1,0 +1,1 @@
+"""Agents: who works, on which session, and what one generation does."""

@@ -1,0 +1,276 @@
+"""What an agent is: its definition as a value, checked when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+from pydantic import BaseModel
+
+from aidb_ray.contracts import AgentMessage, is_valid_name
+from aidb_ray.errors import ConfigError
+from aidb_ray.models.base import TextAdapter, adapter_fingerprint
+from aidb_ray.models.tools import Tool, check_tools
+from aidb_ray.query.builder import Query, build
+
+BuildMessages: TypeAlias = Callable[[list[Any], Any], Any]
+Generate: TypeAlias = Callable[[Any], Any]
+OnResponse: TypeAlias = Callable[[Any, list[Any]], Any]
+InDoubt: TypeAlias = Literal["retry", "fail", "park"]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """How often a model round is tried again after an error that may pass.
+
+    The pause doubles from `first_pause_ms` up to `longest_pause_ms`, with jitter; a provider that
+    says how long to wait is believed up to `longest_pause_ms`.
+    """
+
+    max_attempts: int = 4
+    first_pause_ms: int = 250
+    longest_pause_ms: int = 30_000
+
+    def pause_ms(self, failures: int, *, asked_ms: int | None, jitter: float) -> int:
+        """Return the pause after so many failures; `jitter` is between 0 and 1."""
+        pause = min(self.first_pause_ms << min(failures - 1, 16), self.longest_pause_ms)
+        return max(round(pause * (0.5 + jitter / 2)), min(asked_ms or 0, self.longest_pause_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class UsageLimits:
+    """Bounds of one generation; None is without. Reaching one fails the generation."""
+
+    max_total_tokens: int | None = None
+    max_tool_calls: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Which messages of the session the model reads: the newest that fit.
+
+    Attributes:
+        max_tokens: Estimated as a token per 4 characters; None is without bound. The messages
+            to answer always go.
+    """
+
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDefinition:
+    """All that an agent is, as `create_agent` takes it; made by `durable_agent`.
+
+    See `durable_agent` and `create_agent` for the options.
+    """
+
+    name: str
+    adapter: TextAdapter | None = None
+    instructions: str = ""
+    tools: tuple[Tool, ...] = ()
+    stream_url: str = ""
+    build_messages: BuildMessages | None = None
+    history: History = History()
+    output_schema: type[BaseModel] | None = None
+    max_iterations: int = 10
+    retry: Retry = Retry()
+    usage_limits: UsageLimits = UsageLimits()
+    run_timeout_ms: int | None = None
+    idle_timeout_ms: int = 60_000
+    on_in_doubt: InDoubt = "retry"
+    on_crash: Literal["retry"] = "retry"
+    version: str | None = None
+    shards: int = 1
+    max_running: int = 256
+    ray_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    autostart: bool = True
+    pending_work: Query[Any] | None = None
+    session: Callable[[Any], str] | None = None
+    generate: Generate | None = None
+    on_response: OnResponse | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it works for every session that matches."""
+        return self.stream_url.endswith("*")
+
+    def fingerprint(self) -> str:
+        """Return a digest of what makes this agent answer as it does.
+
+        Functions count only as far as tools' schemas do; say `version=` when one changes.
+        """
+        parts = {
+            "name": self.name,
+            "instructions": self.instructions,
+            "adapter": None if self.adapter is None else adapter_fingerprint(self.adapter),
+            "tools": sorted(tool.fingerprint() for tool in self.tools),
+            "stream_url": self.stream_url,
+            "output": None
+            if self.output_schema is None
+            else self.output_schema.model_json_schema(),
+            "version": self.version,
+            "shards": self.shards,
+            "pending": str(self.pending_work),
+        }
+        encoded = msgspec.json.encode(parts, order="sorted")
+        return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def durable_agent(
+    *,
+    name: str,
+    adapter: TextAdapter,
+    instructions: str = "",
+    tools: Sequence[Tool] = (),
+    stream_url: str | None = None,
+    build_messages: Callable[[list[AgentMessage], Any], Any] | None = None,
+    history: History | None = None,
+    output_schema: type[BaseModel] | None = None,
+    max_iterations: int = 10,
+    retry: Retry | None = None,
+    usage_limits: UsageLimits | None = None,
+    run_timeout_ms: int | None = None,
+    idle_timeout_ms: int = 60_000,
+    on_in_doubt: InDoubt = "retry",
+    on_crash: Literal["retry"] = "retry",
+    version: str | None = None,
+    shards: int = 1,
+    max_running: int = 256,
+    ray_options: Mapping[str, Any] | None = None,
+    autostart: bool = True,
+) -> AgentDefinition:
+    """Return the definition of an agent over the default collections, for `create_agent`.
+
+    Args:
+        name: Messages with this `target_agent` are its work.
+        adapter: The model.
+        instructions: Given to the model as its system prompt.
+        tools: What the model may call. They run in the agent's process; each call is a row.
+        stream_url: One session, or a pattern ending in `*`: every session that matches, now and
+            later. Default `aidb://<name>/*`.
+        build_messages: `(pending, ctx) -> messages` for the model; default: the history.
+        history: How much of the session the model reads.
+        output_schema: The reply is JSON that fits this model.
+        max_iterations: Model rounds in one generation.
+        retry: How errors of the provider are tried again.
+        usage_limits: Bounds of one generation.
+        run_timeout_ms: Bound on one generation in this process.
+        idle_timeout_ms: Longest silence of a model in the middle of its stream.
+        on_in_doubt: What becomes of a tool call that was running when the process died: run it
+            again under the same idempotency key, answer it with an error, or leave the session
+            as it is until a person decides.
+        on_crash: A model round that was interrupted starts again, as a new attempt.
+        version: Part of the agent's identity; change it when code changes that no schema shows.
+        shards: Processes that share the sessions by bucket.
+        max_running: Sessions at work at once, per shard; the others wait as queue entries.
+        ray_options: Resources of each shard, such as `num_cpus`.
+        autostart: Whether it works by itself; else only when `drain_until_idle` or
+            `run_generation_cycle` is called.
+    """
+    return AgentDefinition(
+        name=name,
+        adapter=adapter,
+        instructions=instructions,
+        tools=tuple(tools),
+        stream_url=stream_url if stream_url is not None else f"aidb://{name}/*",
+        build_messages=build_messages,
+        history=history or History(),
+        output_schema=output_schema,
+        max_iterations=max_iterations,
+        retry=retry or Retry(),
+        usage_limits=usage_limits or UsageLimits(),
+        run_timeout_ms=run_timeout_ms,
+        idle_timeout_ms=idle_timeout_ms,
+        on_in_doubt=on_in_doubt,
+        on_crash=on_crash,
+        version=version,
+        shards=shards,
+        max_running=max_running,
+        ray_options=dict(ray_options or {}),
+        autostart=autostart,
+    )
+
+
+def raw_definition(
+    *,
+    name: str,
+    pending_work: Callable[..., Any],
+    generate: Generate | None,
+    adapter: TextAdapter | None = None,
+    instructions: str = "",
+    tools: Sequence[Tool] = (),
+    session: Callable[[Any], str] | None = None,
+    build_messages: BuildMessages | None = None,
+    on_response: OnResponse | None = None,
+    **options: Any,
+) -> AgentDefinition:
+    """Return the definition of an agent over collections of the user's own."""
+    if generate is None:
+        raise ConfigError(
+            f"Agent {name!r} has a `pending_work` of its own and so needs `generate`.",
+            code="generate_required",
+        )
+    query = build(pending_work)
+    source = query.sources[0][1]
+    return AgentDefinition(
+        name=name,
+        adapter=adapter,
+        instructions=instructions,
+        tools=tuple(tools),
+        stream_url=source.session or "",
+        build_messages=build_messages,
+        pending_work=query,
+        session=session,
+        generate=generate,
+        on_response=on_response,
+        **options,
+    )
+
+
+def _check(definition: AgentDefinition) -> None:
+    name = definition.name
+    if not is_valid_name(name) or "/" in name or "*" in name:
+        raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
+    check_tools(definition.tools)
+    for tool in definition.tools:
+        if not tool.has_implementation:
+            raise ConfigError(
+                f"Tool {tool.name!r} has no implementation; agents run their tools themselves.",
+                code="missing_implementation",
+            )
+        if tool.needs_approval:
+            raise ConfigError(
+                f"Tool {tool.name!r} needs an approval, for which agents cannot wait yet.",
+                code="approval_unsupported",
+            )
+    url = definition.stream_url
+    if definition.pending_work is None and (
+        not url.startswith("aidb://") or not is_valid_name(url.removesuffix("*"))
+    ):
+        raise ConfigError(
+            f"{url!r} is no session; it looks like 'aidb://support/42' or 'aidb://support/*'.",
+            code="invalid_name",
+        )
+    if not 1 <= definition.shards <= 1024:
+        raise ConfigError("An agent has 1 to 1,024 shards.", code="invalid_shards")
+    if definition.pending_work is not None and definition.shards > 1 and not definition.is_pattern:
+        raise ConfigError(
+            "Rows of one session, or of none, cannot be shared by several shards; follow a "
+            "pattern of sessions or leave shards=1.",
+            code="invalid_shards",
+        )
+    if definition.max_running < 1 or definition.max_iterations < 1:
+        raise ConfigError("max_running and max_iterations are 1 or more.", code="invalid_bound")
+    if definition.on_in_doubt not in ("retry", "fail", "park"):
+        raise ConfigError(
+            f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",
+            code="invalid_option",
+        )
+
+

@@ -1,0 +1,217 @@
+"""What an agent knows of one session: its rows, and the conversation a model reads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from aidb_ray.agents.definition import History
+from aidb_ray.contracts import Generation, ToolCall
+from aidb_ray.models.base import ModelMessage, ToolCallRequest
+from aidb_ray.store.changes import FoundRow
+
+COLLECTIONS = ("messages", "generations", "tool_calls")
+
+
+class Message(msgspec.Struct, rename="camel", gc=False):
+    """A row of `messages`, as far as running an agent needs it."""
+
+    id: str
+    role: str
+    actor_id: str
+    content: str
+    created_at: str
+    target_agent: str = ""
+    processed: bool = False
+    generation_id: str | None = None
+    not_before: str | None = None
+
+
+class KnownMessage(msgspec.Struct, gc=False):
+    """A message with the revision that wrote it and its stored bytes."""
+
+    revision: int
+    value: bytes
+    message: Message
+
+
+_decode_message = msgspec.json.Decoder(Message).decode
+
+
+def decode_message(value: bytes) -> Message:
+    """Return a stored message."""
+    return _decode_message(value)
+
+
+class SessionState:
+    """The rows of one session that its agent works with.
+
+    Attributes:
+        revision: The rows are as of it; older changes are in already.
+        size: Bytes of stored rows, about.
+    """
+
+    def __init__(self, agent: str) -> None:
+        self._agent = agent
+        self.revision = 0
+        self.size = 0
+        self.messages: dict[str, KnownMessage] = {}
+        self.generations: dict[str, Generation] = {}
+        self.calls: dict[str, dict[str, ToolCall]] = {}
+
+    def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
+        """Take in all rows as of `revision`."""
+        self.revision = revision
+        for row in rows["messages"]:
+            self.put_message(row.key, row.revision, row.value)
+        for row in rows["generations"]:
+            generation = Generation.model_validate_json(row.value)
+            if generation.agent == self._agent:
+                self.put_generation(generation)
+        for row in rows["tool_calls"]:
+            call = ToolCall.model_validate_json(row.value)
+            if call.generation_id in self.generations:
+                self.put_call(call)
+
+    def put_message(self, key: str, revision: int, value: bytes | None) -> None:
+        """Take in one message as it is now; None is gone."""
+        known = self.messages.get(key)
+        if known is not None:
+            if known.revision > revision:
+                return
+            self.size -= len(known.value)
+        if value is None:
+            self.messages.pop(key, None)
+            return
+        self.messages[key] = KnownMessage(revision, value, _decode_message(value))
+        self.size += len(value) + 300
+
+    def put_generation(self, generation: Generation) -> None:
+        """Take in a generation as it is now."""
+        self.generations[generation.id] = generation
+
+    def put_call(self, call: ToolCall) -> None:
+        """Take in a tool call as it is now."""
+        self.calls.setdefault(call.generation_id, {})[call.id] = call
+        self.size += 500
+
+    def calls_of(self, generation_id: str) -> list[ToolCall]:
+        """Return the calls of a generation in the order they were asked for."""
+        return sorted(
+            self.calls.get(generation_id, {}).values(),
+            key=lambda call: (call.round, _number(call.id)),
+        )
+
+    def open_generation(self) -> Generation | None:
+        """Return the generation that has not ended, if there is one."""
+        for generation in self.generations.values():
+            if not generation.status.is_terminal:
+                return generation
+        return None
+
+    def conversation(
+        self, pending: Sequence[str], generation_id: str, history: History
+    ) -> list[ModelMessage]:
+        """Return what the model reads: the past, the messages to answer, this run so far.
+
+        What a reply answered comes right before it, whenever it was written: a message that
+        arrives while the agent talks belongs to the next turn.
+        """
+        waiting = set(pending)
+        placed: list[tuple[tuple[str, int, str, str], Message]] = []
+        replies = {
+            known.message.generation_id: known.message.created_at
+            for known in self.messages.values()
+            if known.message.actor_id == self._agent
+        }
+        for key, known in self.messages.items():
+            message = known.message
+            if key in waiting or not self._concerns(message):
+                continue
+            is_own = message.actor_id == self._agent
+            at = replies.get(message.generation_id, message.created_at)
+            placed.append(((at, int(is_own), message.created_at, key), message))
+        placed.sort(key=lambda entry: entry[0])
+        past: list[list[ModelMessage]] = [self._to_model(message) for _, message in placed]
+        asked = [
+            ModelMessage("user" if m.role == "assistant" else _role(m.role), m.content)
+            for m in (self.messages[key].message for key in pending if key in self.messages)
+        ]
+        kept = _newest_that_fit(past, history.max_tokens, asked)
+        return [*kept, *asked, *self.rounds_of(generation_id)]
+
+    def rounds_of(self, generation_id: str) -> list[ModelMessage]:
+        """Return the finished rounds of a generation: what was said, and what tools answered."""
+        generation = self.generations.get(generation_id)
+        if generation is None:
+            return []
+        said: list[ModelMessage] = []
+        calls = self.calls_of(generation_id)
+        for number, text in enumerate(generation.rounds):
+            of_round = [call for call in calls if call.round == number]
+            requests = tuple(
+                ToolCallRequest(call.model_call_id or call.id, call.name, args_text(call.args))
+                for call in of_round
+            )
+            said.append(ModelMessage("assistant", text, tool_calls=requests))
+            said += [
+                ModelMessage(
+                    "tool", answer_text(call), tool_call_id=call.model_call_id or call.id
+                )
+                for call in of_round
+            ]
+        return said
+
+    def _concerns(self, message: Message) -> bool:
+        return message.target_agent in ("", self._agent) or message.actor_id == self._agent
+
+    def _to_model(self, message: Message) -> list[ModelMessage]:
+        if message.actor_id != self._agent:
+            role = "user" if message.role == "assistant" else _role(message.role)
+            return [ModelMessage(role, message.content)]
+        rounds = self.rounds_of(message.generation_id) if message.generation_id else []
+        return [*rounds, ModelMessage("assistant", message.content)]
+
+
+def _role(role: str) -> Any:
+    return role
+
+
+def _number(call_id: str) -> int:
+    last = call_id.rpartition(":")[2]
+    return int(last) if last.isdigit() else 0
+
+
+def args_text(args: Any) -> str:
+    """Return a call's arguments as the text that the model wrote."""
+    return args if isinstance(args, str) else msgspec.json.encode(args).decode()
+
+
+def answer_text(call: ToolCall) -> str:
+    """Return what the model is told about a call."""
+    if call.error is not None or call.status.value == "cancelled":
+        error = {"error": call.error or "cancelled", "code": call.error_code or "cancelled"}
+        return msgspec.json.encode(error).decode()
+    return msgspec.json.encode(call.result).decode()
+
+
+def _newest_that_fit(
+    past: list[list[ModelMessage]], max_tokens: int | None, asked: list[ModelMessage]
+) -> list[ModelMessage]:
+    if max_tokens is None:
+        return [message for turn in past for message in turn]
+    left = max_tokens - sum(map(_tokens, asked))
+    kept: list[list[ModelMessage]] = []
+    for turn in reversed(past):
+        left -= sum(map(_tokens, turn))
+        if left < 0:
+            break
+        kept.append(turn)
+    return [message for turn in reversed(kept) for message in turn]
+
+
+def _tokens(message: ModelMessage) -> int:
+    calls = sum(len(call.args_json) + len(call.name) for call in message.tool_calls)
+    return (len(message.content) + calls) // 4 + 4

@@ -1,0 +1,1 @@
+"""Effects: loops that do outside work for rows that enter a query."""

@@ -1,0 +1,1 @@
+"""Benchmarks of aidb-ray: `python -m benchmarks NAME`; `--help` lists the names."""
