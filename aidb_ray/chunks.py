@@ -27,8 +27,8 @@ from aidb_ray.store.changes import (
     Runner,
     decode_slice,
 )
-from aidb_ray.store.columns import EMPTY, cut, pack, unpack
 from aidb_ray.store.collection import Collection
+from aidb_ray.store.columns import EMPTY, cut, pack, unpack
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -186,6 +186,11 @@ class ChunkFlusher:
         """
         self._open.pop(buffer, None)
         self.check(buffer, forget=True)
+
+    def discard(self, buffer: ChunkBuffer) -> None:
+        """Flush the buffer no more, whatever became of it."""
+        self._open.pop(buffer, None)
+        self._failed.pop(buffer, None)
 
     def check(self, buffer: ChunkBuffer, *, forget: bool = False) -> None:
         """Raise if an earlier flush of the buffer failed."""

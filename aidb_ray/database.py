@@ -131,6 +131,8 @@ class Database:
         self._refs = refs
         self._partitions: list[Partition] | None = None
         self._agents: dict[str, Agent] = {}
+        # Shards of agents that run in this process, by agent; on Ray they are found by name.
+        self.local_shards: dict[str, list[Any]] = {}
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} in {self.data_dir}>"

@@ -27,6 +27,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -168,10 +169,10 @@ class _RayHost:
         # Ray constructs async actors in their event loop, so `start` is under way from here on.
         self._host = _Host(cls(*args, **kwargs))
 
-    async def call(self, request: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
+    async def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Answer one call; with a `_Failure` if the method raises."""
         try:
-            return await self._host.invoke(*request)
+            return await self._host.invoke(name, args, kwargs)
         except Exception as error:  # noqa: BLE001  Belongs to the caller.
             return _pack(error)
 
@@ -269,7 +270,7 @@ class RayRef(Generic[A_co]):
         """See `ActorRef.ask`."""
         label = method.__qualname__
         handle = self._handle or await self._look_up(label)
-        pending = _send(handle, label, (method.__name__, args, kwargs))
+        pending = _send(handle, method, args, kwargs)
         try:
             async with asyncio.timeout(self._timeout_ms / 1000):
                 answer = await pending
@@ -294,7 +295,7 @@ class RayRef(Generic[A_co]):
         """See `ActorRef.ask_shielded`."""
         label = method.__qualname__
         handle = self._handle or await self._look_up(label)
-        pending = _send(handle, label, (method.__name__, args, kwargs))
+        pending = _send(handle, method, args, kwargs)
         answering = asyncio.wrap_future(pending.future())
         try:
             async with asyncio.timeout(self._timeout_ms / 1000):
@@ -393,13 +394,16 @@ def _restore_ref(handle: Any, name: str | None, namespace: str, timeout_ms: int)
     return RayRef(handle, name=name, namespace=namespace, timeout_ms=timeout_ms)
 
 
-def _send(handle: Any, label: str, request: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
+def _send(
+    handle: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     from ray.exceptions import PendingCallsLimitExceeded
 
     try:
-        return handle.call.remote(request)
+        # Ray pickles each argument by itself and spares bytes, str and int the pickling.
+        return handle.call.remote(method.__name__, *args, **kwargs)
     except PendingCallsLimitExceeded:
-        raise _too_many_pending(label) from None
+        raise _too_many_pending(method.__qualname__) from None
 
 
 def _cancel(pending: Any) -> None:
@@ -835,7 +839,7 @@ async def connect_cluster(
     ).start()
     try:
         async with asyncio.timeout(timeout_ms / 1000):
-            return await asyncio.wrap_future(joining)
+            cluster = await asyncio.wrap_future(joining)
     except TimeoutError:
         joining.add_done_callback(_abandon)
         raise UnavailableError(
@@ -846,6 +850,15 @@ async def connect_cluster(
     except asyncio.CancelledError:
         joining.add_done_callback(_abandon)
         raise
+    _restore_sigterm()
+    return cluster
+
+
+def _restore_sigterm() -> None:
+    """Let SIGTERM do what it did before: Ray makes it print a stack trace and nothing else."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _abandon(joining: Future[Cluster]) -> None:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -68,7 +68,7 @@ class Rig:
     address: str | None = None
 
     @asynccontextmanager
-    async def open(self, **store_options: Any) -> AsyncIterator[Database]:
+    async def open(self, **store_options: Any) -> AsyncGenerator[Database]:
         """Connect to an empty database of one partition that syncs to the disk."""
         async with (
             self.scratch() as home,
@@ -79,7 +79,7 @@ class Rig:
             yield db
 
     @asynccontextmanager
-    async def scratch(self) -> AsyncIterator[Path]:
+    async def scratch(self) -> AsyncGenerator[Path]:
         """Make an empty directory and remove it with all that is in it."""
         home = Path(tempfile.mkdtemp(prefix="aidb-bench-", dir=self.directory))
         try:
@@ -137,7 +137,7 @@ async def status_of(db: Database) -> StoreStatus:
 
 
 @asynccontextmanager
-async def counting_log(db: Database, into: list[Logged]) -> AsyncIterator[None]:
+async def counting_log(db: Database, into: list[Logged]) -> AsyncGenerator[None]:
     """Add to `into` what the store logs inside."""
     before = await status_of(db)
     yield

@@ -53,10 +53,11 @@ class _Disk:
     """Writes as (offset, data), changes of the length as the new length; oldest first."""
 
     def apply(self, rng: Random | None) -> None:
-        """Let all pending writes reach the disk, or with `rng` any sectors of them."""
+        """Let all pending writes reach the disk, or with `rng` all, none or any sectors of each."""
         for change in self.pending:
+            share = 1.0 if rng is None else rng.choice((0.0, 0.5, 1.0))
             if isinstance(change, int):
-                if rng is None or rng.random() < 0.5:
+                if rng is None or rng.random() < share:
                     del self.content[change:]
                     self.content.extend(bytes(change - len(self.content)))
                 continue
@@ -65,7 +66,7 @@ class _Disk:
             at = offset
             while at < end:
                 stop = min(end, (at // SECTOR + 1) * SECTOR)
-                if rng is None or rng.random() < 0.5:
+                if rng is None or rng.random() < share:
                     self.content.extend(bytes(max(0, stop - len(self.content))))
                     self.content[at:stop] = data[at - offset : stop - offset]
                 at = stop
@@ -86,7 +87,7 @@ class FaultyFiles(FileSystem):
         short_writes: Whether writes take only half of what they are given.
         free: Bytes left on the disk; None if it is large.
         die_in_write: At this write (from 1), write a part and kill this process.
-        cut_at: Before this call of any kind (from 1), the power goes.
+        cut_at: Before this call that changes the disk (from 1), the power goes.
         synced_again: How often a file was synced whose sync had failed.
         flip_in_read: At this read (from 1), flip one bit of what was read.
     """
@@ -103,7 +104,7 @@ class FaultyFiles(FileSystem):
         self.synced_again = 0
         self._root = root
         self._matching = 0
-        self._all_calls = 0
+        self._changes = 0
         self._distrusted: set[int] = set()
         self._fds: dict[int, _Disk] = {}
         self._live: dict[Path, _Disk] = {}
@@ -242,8 +243,8 @@ class FaultyFiles(FileSystem):
         return super().lock(fd)
 
     def _enter(self, kind: CallKind) -> None:
-        self._all_calls += 1
-        if 0 < self.cut_at <= self._all_calls:
+        self._changes += kind not in ("open", "read", "lock")
+        if 0 < self.cut_at <= self._changes:
             raise PowerCut
         self.calls[kind] = self.calls.get(kind, 0) + 1
         fault = self.fault

@@ -272,5 +272,3 @@ def _check(definition: AgentDefinition) -> None:
             f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",
             code="invalid_option",
         )
-
-

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 
 from aidb_ray.agents.definition import History
-from aidb_ray.contracts import Generation, ToolCall
+from aidb_ray.contracts import Generation, ToolCall, ToolCallStatus
+from aidb_ray.errors import ToolError
 from aidb_ray.models.base import ModelMessage, ToolCallRequest
+from aidb_ray.models.tools import encode_error, encode_result
 from aidb_ray.store.changes import FoundRow
 
 COLLECTIONS = ("messages", "generations", "tool_calls")
@@ -55,6 +57,8 @@ class SessionState:
 
     def __init__(self, agent: str) -> None:
         self._agent = agent
+        # Changes that come while the rows are on their way; None once they have arrived.
+        self._held: list[tuple[str, int, bytes | None]] | None = []
         self.revision = 0
         self.size = 0
         self.messages: dict[str, KnownMessage] = {}
@@ -64,8 +68,12 @@ class SessionState:
     def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
         """Take in all rows as of `revision`."""
         self.revision = revision
+        held, self._held = self._held or [], None
         for row in rows["messages"]:
             self.put_message(row.key, row.revision, row.value)
+        for key, changed_at, value in held:
+            if changed_at > revision:
+                self.put_message(key, changed_at, value)
         for row in rows["generations"]:
             generation = Generation.model_validate_json(row.value)
             if generation.agent == self._agent:
@@ -76,10 +84,15 @@ class SessionState:
                 self.put_call(call)
 
     def put_message(self, key: str, revision: int, value: bytes | None) -> None:
-        """Take in one message as it is now; None is gone."""
+        """Take in one message as it is since `revision`; None is gone."""
+        if self._held is not None:
+            self._held.append((key, revision, value))
+            return
         known = self.messages.get(key)
+        if revision <= self.revision and known is None and value is None:
+            return
         if known is not None:
-            if known.revision > revision:
+            if known.revision >= revision:
                 return
             self.size -= len(known.value)
         if value is None:
@@ -157,9 +170,7 @@ class SessionState:
             )
             said.append(ModelMessage("assistant", text, tool_calls=requests))
             said += [
-                ModelMessage(
-                    "tool", answer_text(call), tool_call_id=call.model_call_id or call.id
-                )
+                ModelMessage("tool", answer_text(call), tool_call_id=call.model_call_id or call.id)
                 for call in of_round
             ]
         return said
@@ -191,10 +202,10 @@ def args_text(args: Any) -> str:
 
 def answer_text(call: ToolCall) -> str:
     """Return what the model is told about a call."""
-    if call.error is not None or call.status.value == "cancelled":
-        error = {"error": call.error or "cancelled", "code": call.error_code or "cancelled"}
-        return msgspec.json.encode(error).decode()
-    return msgspec.json.encode(call.result).decode()
+    if call.status is ToolCallStatus.COMPLETED:
+        return encode_result(call.result)
+    code = call.error_code or call.status.value
+    return encode_error(ToolError(call.error or call.status.value, code=code))
 
 
 def _newest_that_fit(

@@ -192,11 +192,12 @@ class OpenAIText:
         parser = EventStreamParser()
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._timeouts.first_token_ms / 1_000
-        has_begun = False
+        has_answered = has_begun = False
         try:
             async with AsyncExitStack() as request:
                 async with asyncio.timeout_at(deadline):
                     pieces = await request.enter_async_context(self._send(body))
+                has_answered = True
                 while not translator.is_done:
                     async with asyncio.timeout_at(deadline):
                         piece = await anext(pieces, None)
@@ -220,7 +221,7 @@ class OpenAIText:
         except openai.APIStatusError as error:
             raise self._without_key(status_error(error, datetime.now(UTC))) from error
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            code = "truncated" if has_begun else "connection"
+            code = "truncated" if has_answered else "connection"
             raise ModelError(
                 f"The connection to {self._model!r} failed: {error.__cause__ or error!r}.",
                 code=code,

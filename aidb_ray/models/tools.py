@@ -8,8 +8,11 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import import_module
+from operator import attrgetter
 from typing import Any, cast, overload
 
 import msgspec
@@ -109,6 +112,17 @@ class Tool:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_output"}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A decorated function is no longer found under its own name, so it would travel by value
+        # and take the globals it uses along. The tool that took its place can be found.
+        place = (
+            getattr(self._function, "__module__", ""),
+            getattr(self._function, "__qualname__", ""),
+        )
+        if place[0] != "__main__" and _find(*place) is self:
+            return _find, place
+        return _rebuild, (self.__getstate__(),)
+
     def __repr__(self) -> str:
         return f"Tool({self.name!r})"
 
@@ -126,8 +140,7 @@ class Tool:
         Raises:
             ConfigError: `function` cannot take these arguments.
         """
-        replaced = object.__new__(Tool)
-        replaced.__dict__ |= self.__getstate__()
+        replaced = _rebuild(self.__getstate__())
         replaced._function = function
         replaced._signature = self._signature.bind(function, ToolContext)
         return replaced
@@ -262,6 +275,18 @@ class Tool:
     @cached_property
     def _output(self) -> TypeAdapter[Any]:
         return TypeAdapter(self._output_type)
+
+
+def _rebuild(state: dict[str, Any]) -> Tool:
+    made = object.__new__(Tool)
+    made.__dict__ |= state
+    return made
+
+
+def _find(module: str, qualname: str) -> object:
+    with suppress(ImportError, AttributeError, ValueError):
+        return attrgetter(qualname)(import_module(module))
+    return None
 
 
 @overload

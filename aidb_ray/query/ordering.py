@@ -53,11 +53,14 @@ def descending(value: Any) -> Place:
     return -rank, turned
 
 
-def compile_order(terms: Sequence[tuple[Node, bool]]) -> Callable[[Any], Place]:
-    """Return a function of a row that gives its place by values, each with "is it descending?"."""
+def compile_order(terms: Sequence[tuple[Node, bool]]) -> Callable[[Any], Place] | None:
+    """Return a function of a row that gives its place by values, each with "is it descending?".
+
+    Without values, which leaves the order to the keys, None.
+    """
     parts = [(descending if down else ascending, compile_value(node)) for node, down in terms]
     if not parts:
-        return lambda _row: ()
+        return None
     if len(parts) == 1:
         place, value = parts[0]
         return lambda row: place(value(row))

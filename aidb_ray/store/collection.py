@@ -96,9 +96,14 @@ class RowChange(Generic[R]):
 
 @dataclass(slots=True)
 class Group:
-    """Writes that `db.transaction` collects, to be committed together."""
+    """Writes that are collected, to be committed together.
+
+    Attributes:
+        takes_all: Whether a write to another session is an error; else it goes by itself.
+    """
 
     session: str
+    takes_all: bool = True
     intents: list[Intent] = field(default_factory=list[Intent])
     shown: dict[tuple[str, str], bytes | None] = field(
         default_factory=dict[tuple[str, str], bytes | None]
@@ -184,7 +189,7 @@ class Collection(Generic[R]):
                     )
                 must_wait = True
             intents.append(NewRow(name, key, value))
-        group = current_group.get()
+        group = self._group(session)
         transaction = Transaction(session, intents, site.client, writes)
         if group is not None:
             return self._join(group, transaction, intents, [i.value for i in intents])
@@ -475,7 +480,7 @@ class Collection(Generic[R]):
     ) -> Transaction:
         transaction = Transaction(session, [intent], site.client, site.writes)
         shown = [value] if is_known else []
-        group = current_group.get()
+        group = self._group(session)
         if group is not None:
             return self._join(group, transaction, [intent], shown)
         return self._run(site, transaction, [intent], shown)
@@ -502,16 +507,24 @@ class Collection(Generic[R]):
         intents: Sequence[Intent],
         shown: Sequence[bytes | None],
     ) -> Transaction:
-        if group.session != transaction.session:
-            raise ConfigError(
-                f"A transaction of {group.session!r} cannot write to {transaction.session!r}: "
-                f"only writes of one session commit together.",
-                code="one_session",
-            )
+        transaction.is_part = True
         group.intents += intents
         for intent, value in zip(intents, shown, strict=False):
             group.shown[self.name, intent.key] = value
         return transaction
+
+    def _group(self, session: str) -> Group | None:
+        """Return the group that a write to this session takes part in, if there is one."""
+        group = current_group.get()
+        if group is None or group.session == session:
+            return group
+        if not group.takes_all:
+            return None
+        raise ConfigError(
+            f"A transaction of {group.session!r} cannot write to {session!r}: only writes of one "
+            f"session commit together.",
+            code="one_session",
+        )
 
     def _base(self, intent: Patch) -> StoredRow | None:
         """Return the synced row that this process knows, for a first try without asking."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from aidb_ray.errors import ConflictError, KeyMissingError
+from aidb_ray.errors import ConfigError, ConflictError, KeyMissingError
 from aidb_ray.store.changes import Delete, Insert, Mutation, StoredRow, Update
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.local import LocalWrites, Write
@@ -74,6 +74,7 @@ class Transaction:
 
     Attributes:
         revision: Revision of the commit, 0 until it is durable.
+        is_part: Whether it is committed with others, so that it cannot be awaited by itself.
     """
 
     __slots__ = (
@@ -85,6 +86,7 @@ class Transaction:
         "_was_awaited",
         "_writes",
         "is_done",
+        "is_part",
         "revision",
         "session",
     )
@@ -99,6 +101,7 @@ class Transaction:
         self.session = session
         self.revision = 0
         self.is_done = False
+        self.is_part = False
         self._intents = intents
         self._client = client
         self._writes = writes
@@ -113,6 +116,11 @@ class Transaction:
         return [MutationRecord(_op(i), i.collection, i.key) for i in self._intents]
 
     def __await__(self) -> Generator[Any, None, Transaction]:
+        if self.is_part:
+            raise ConfigError(
+                "This write is part of a transaction and durable only at its end; await that.",
+                code="in_transaction",
+            )
         self._was_awaited = True
         if not self.is_done:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -170,68 +178,19 @@ class Transaction:
             self.settle(0, error)
 
     async def _send_until_settled(self, base: Callable[[Patch], StoredRow | None]) -> int:
-        known: dict[tuple[str, str], StoredRow | None] = {}
         for attempt in range(MAX_REMAKES + 1):
-            mutations: list[Mutation] = []
-            for intent in self._intents:
-                if isinstance(intent, NewRow):
-                    mutations.append(
-                        Insert(self.session, intent.collection, intent.key, intent.value)
-                    )
-                    known[intent.collection, intent.key] = StoredRow(0, intent.value)
-                else:
-                    row = await self._base_of(intent, base, known, is_first=attempt == 0)
-                    mutations.append(self._make(intent, row))
-                    value = mutations[-1].value if isinstance(mutations[-1], Update) else None
-                    after = None if value is None else StoredRow(row.revision, value)
-                    known[intent.collection, intent.key] = after
+            # What this process knows may be stale; after the first refusal the store is asked.
+            known = base if attempt == 0 else None
+            mutations = await make_mutations(self._client, self.session, self._intents, known)
             try:
                 return await self._client.commit(mutations)
             except ConflictError as error:
                 if attempt == MAX_REMAKES or error.code != "conflict":
                     raise
-                known.clear()
             except KeyMissingError:
-                # The copy here may have been stale; the store was asked if this is not the first.
                 if attempt:
                     raise
-                known.clear()
         raise AssertionError
-
-    async def _base_of(
-        self,
-        intent: Patch,
-        base: Callable[[Patch], StoredRow | None],
-        known: Mapping[tuple[str, str], StoredRow | None],
-        *,
-        is_first: bool,
-    ) -> StoredRow:
-        where = (intent.collection, intent.key)
-        if where in known:
-            row = known[where]
-        else:
-            row = base(intent) if is_first else None
-            if row is None:
-                found = await self._client.find(self.session, *where)
-                row = None if found is None else StoredRow(found.revision, found.value)
-        if row is None:
-            raise KeyMissingError(
-                f"{intent.collection}[{intent.key!r}] does not exist. Insert it first.",
-                collection=intent.collection,
-                key=intent.key,
-            )
-        return row
-
-    def _make(self, intent: Patch, row: StoredRow) -> Mutation:
-        expected = intent.expected_revision
-        if expected and row.revision != expected:
-            raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}")
-        if intent.when is not None and not intent.when(msgspec.json.decode(row.value)):
-            raise _conflict(intent, row, "does not meet the condition", "condition_failed")
-        if intent.fields is None:
-            return Delete(self.session, intent.collection, intent.key, row.revision)
-        value = intent.codec.patch(intent.collection, row.value, intent.fields, intent.key)
-        return Update(self.session, intent.collection, intent.key, value, row.revision)
 
     def show(self, intent: Intent, value: bytes | None) -> None:
         """Show one row in this process as it will be."""
@@ -273,6 +232,59 @@ class Transaction:
                 self.session,
                 self._error,
             )
+
+
+async def make_mutations(
+    client: StoreClient,
+    session: str,
+    intents: Sequence[Intent],
+    base: Callable[[Patch], StoredRow | None] | None = None,
+) -> list[Mutation]:
+    """Return the mutations that intents come to on the rows as they are now.
+
+    Later intents see what earlier ones make of a row. `base` gives rows that are known here; the
+    store is asked for others.
+
+    Raises:
+        KeyMissingError: a patch names a row that is not there.
+        ConflictError: a patch's condition or expected revision does not hold.
+        ContractError: the patched row does not fit its type.
+    """
+    known: dict[tuple[str, str], StoredRow | None] = {}
+    mutations: list[Mutation] = []
+    for intent in intents:
+        where = (intent.collection, intent.key)
+        if isinstance(intent, NewRow):
+            mutations.append(Insert(session, *where, intent.value))
+            known[where] = StoredRow(0, intent.value)
+            continue
+        row = known[where] if where in known else base(intent) if base else None
+        if row is None and where not in known:
+            found = await client.find(session, *where)
+            row = None if found is None else StoredRow(found.revision, found.value)
+        if row is None:
+            raise KeyMissingError(
+                f"{intent.collection}[{intent.key!r}] does not exist. Insert it first.",
+                collection=intent.collection,
+                key=intent.key,
+            )
+        mutation = _make(session, intent, row)
+        mutations.append(mutation)
+        value = mutation.value if isinstance(mutation, Update) else None
+        known[where] = None if value is None else StoredRow(row.revision, value)
+    return mutations
+
+
+def _make(session: str, intent: Patch, row: StoredRow) -> Update | Delete:
+    expected = intent.expected_revision
+    if expected and row.revision != expected:
+        raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}")
+    if intent.when is not None and not intent.when(msgspec.json.decode(row.value)):
+        raise _conflict(intent, row, "does not meet the condition", "condition_failed")
+    if intent.fields is None:
+        return Delete(session, intent.collection, intent.key, row.revision)
+    value = intent.codec.patch(intent.collection, row.value, intent.fields, intent.key)
+    return Update(session, intent.collection, intent.key, value, row.revision)
 
 
 def _op(intent: Intent) -> str:

@@ -24,7 +24,6 @@ from aidb_ray.store.segments import (
     segment_path,
 )
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -372,11 +372,15 @@ from aidb_ray.runtime import ActorOptions, connect_cluster, spawn
 from tests.unit.test_runtime_local import Probe
 
 async def main():
+    terminated = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminated.set)
     cluster = await connect_cluster(num_cpus=1)
     assert cluster.owned
     probe = await spawn(Probe, ActorOptions(name="survivor", detached=True))
-    session = os.path.realpath("/tmp/ray/session_latest")
-    print(await probe.wait_alive(), session, flush=True)
+    pid = await probe.wait_alive()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await terminated.wait()
+    print(pid, os.path.realpath("/tmp/ray/session_latest"), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -384,10 +388,14 @@ asyncio.run(main())
 
 
 async def test_a_killed_driver_takes_its_cluster_with_it() -> None:
-    """The next one may have to wait for a lock that the actor holds, but not for long."""
+    """Until then SIGTERM is handled by the driver as if Ray were not there."""
+    shared_session = os.path.realpath("/tmp/ray/session_latest")
+    assert processes_that_mention(shared_session)
+
     output = await run_driver(KILLED_DRIVER, status=-signal.SIGKILL)
     pid, session = output.split()
 
+    assert session != shared_session
     await until(lambda: not is_running(int(pid)))
     await until(lambda: not processes_that_mention(session))
 

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def aimock_url() -> Iterator[str]:
     with subprocess.Popen(
-        ["node", "server.mjs"],  # noqa: S607  Whichever Node the tests are run with.
+        ["node", "server.mjs"],
         cwd=HERE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

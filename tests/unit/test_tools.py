@@ -51,6 +51,10 @@ async def search(query: str, limit: int = 5) -> list[Hit]:
     return [Hit(title=query)] * limit
 
 
+def count(query: str, limit: int = 5) -> int:
+    return len(query)
+
+
 def find(query: str) -> str:
     return f"found {query}"
 
@@ -392,17 +396,19 @@ async def test_a_tool_pickles_with_its_checks() -> None:
 
     await double.call('{"value": {"n": 1}}')
     sent: Tool = pickle.loads(cloudpickle.dumps(double))
-    by_reference: Tool = pickle.loads(
-        pickle.dumps(
-            Tool(name="find", description="", signature=tool(find)._signature, function=find)
-        )
-    )
 
     assert await sent.call('{"value": {"n": 21}}') == 42
     with pytest.raises(ToolError, match=r"value\.n"):
         await sent.call('{"value": {"n": "21"}}')
     assert sent.fingerprint() == double.fingerprint()
-    assert await by_reference.call('{"query": "a"}') == "found a"
+
+
+async def test_a_tool_of_a_module_is_found_there_again() -> None:
+    elsewhere = search.with_implementation(count)
+
+    assert pickle.loads(pickle.dumps(search)) is search
+    assert pickle.loads(cloudpickle.dumps([search]))[0] is search
+    assert await pickle.loads(pickle.dumps(elsewhere)).call('{"query": "abc"}') == 3
 
 
 async def test_partials_and_callable_objects_are_tools_too() -> None:

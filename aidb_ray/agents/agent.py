@@ -1,0 +1,476 @@
+"""Agents as their users hold them: create, attach, send, wait, drain, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from aidb_ray.agents.definition import AgentDefinition, raw_definition
+from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
+from aidb_ray.agents.replies import Replies, ReplyHandle
+from aidb_ray.agents.shard import AgentActor, ShardStatus
+from aidb_ray.contracts import CancelRequest, new_id
+from aidb_ray.database import Database, ProcessInfo, Session, current_database
+from aidb_ray.errors import AidbError, ConfigError, UnavailableError
+from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
+from aidb_ray.store.changes import Filter
+from aidb_ray.store.transaction import Transaction
+
+logger = logging.getLogger(__name__)
+
+OnChange = Literal["replace", "attach", "error"]
+RETIRE_MS = 60_000
+DRAIN_MS = 25_000
+HEADROOM_MS = 1_000
+_STATUS_MS = 2_000
+_START_MS = 120_000
+
+
+def create_agent(
+    definition: AgentDefinition | None = None,
+    /,
+    *,
+    database: Database | None = None,
+    on_change: OnChange = "replace",
+    **options: Any,
+) -> Agent:
+    """Start an agent in the background, or attach to it if it runs; returns at once.
+
+    Give it what `durable_agent` returns; or, for collections of your own, the options `name`,
+    `pending_work`, `generate`, `session`, `build_messages`, `on_response`, `adapter`, `tools` and
+    those of `durable_agent`.
+
+    With the name of a running agent it attaches if the definition's fingerprint is equal; else
+    `on_change` says: `"replace"` (rounds in flight finish, later ones run the new definition),
+    `"attach"` (go on with the old) or `"error"`. Dropping the handle stops nothing.
+
+    Raises:
+        ConfigError: the definition cannot be, or there is no database. Nothing was started.
+    """
+    if definition is None:
+        if "pending_work" not in options:
+            raise ConfigError(
+                "Give create_agent(durable_agent(...)), or `pending_work` and `generate`.",
+                code="pending_work_required",
+            )
+        definition = raw_definition(**{"generate": None, **options})
+    elif options:
+        raise ConfigError(
+            f"Options belong into durable_agent(...): {', '.join(options)}.", code="invalid_option"
+        )
+    if on_change not in ("replace", "attach", "error"):
+        raise ConfigError(
+            f"on_change is 'replace', 'attach' or 'error', not {on_change!r}.",
+            code="invalid_option",
+        )
+    home = database or current_database()
+    agent = Agent(home, definition.name, definition.stream_url, definition.shards)
+    agent.begin(definition, on_change)
+    home.keep_agent(agent)
+    return agent
+
+
+def attach_agent(database: Database, name: str) -> Agent:
+    """Return the handle of an agent that runs already; it is looked for at the first await."""
+    agent = Agent(database, name, None, 0)
+    agent.begin(None, "attach")
+    return agent
+
+
+class AgentCollections:
+    """The collections of an agent's session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.messages = session.messages
+        self.generations = session.generations
+        self.tool_calls = session.tool_calls
+        self.chunks = session.chunks
+
+
+class Agent:
+    """A running agent. Light; it pickles, and attaches where it arrives."""
+
+    def __init__(self, database: Database, name: str, url: str | None, shards: int) -> None:
+        self.name = name
+        self.database = database
+        self._url = url
+        self._shard_count = shards
+        self._refs: list[ActorRef[AgentActor]] = []
+        self._starting: asyncio.Task[None] | None = None
+        self._replies: dict[int, Replies] = {}
+
+    def __repr__(self) -> str:
+        return f"<Agent {self.name!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reattach, (self.database, self.name, self._url, self._shard_count)
+
+    def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
+        """Start or find the shards in the background."""
+        loop = asyncio.get_running_loop()
+        self._starting = loop.create_task(self._begin(definition, on_change))
+        self._starting.add_done_callback(_retrieve)
+        if self._url is not None:
+            self._listen()
+
+    async def ready(self) -> None:
+        """Wait until every shard is at work.
+
+        Raises:
+            AidbError: it could not start; every awaited method raises the same.
+        """
+        if self._starting is None:
+            self.begin(None, "attach")
+        assert self._starting is not None
+        await asyncio.shield(self._starting)
+        for replies in self._replies.values():
+            await replies.ready()
+
+    # The conversation.
+
+    @property
+    def collections(self) -> AgentCollections:
+        """The collections of the agent's one session.
+
+        Raises:
+            ConfigError: `session_required`: it works for a pattern of sessions.
+        """
+        return AgentCollections(self.database.session(self._one_session()))
+
+    def in_session(self, session: Session | str) -> AgentInSession:
+        """Return the agent of one session of its pattern."""
+        url = session.url if isinstance(session, Session) else session
+        self._check_session(url)
+        return AgentInSession(self, url)
+
+    def send(
+        self,
+        text: str,
+        *,
+        session: Session | str | None = None,
+        actor_id: str = "user",
+        message_id: str | None = None,
+        **fields: Any,
+    ) -> ReplyHandle:
+        """Write a user's message to the agent and return a handle of its answer; returns at once.
+
+        With a `message_id` that exists, nothing is written and the handle waits for, or finds,
+        the answer to that message; so a script may be run again.
+        """
+        url = self._url_of(session)
+        replies = self._listen_in(url)
+        row = {
+            "id": message_id or new_id(),
+            "role": "user",
+            "actor_id": actor_id,
+            "target_agent": self.name,
+            "content": text,
+            **fields,
+        }
+        handle_session = self.database.session(url)
+        sent: Transaction = handle_session.messages.insert(row)
+        return ReplyHandle(self.database, replies, url, str(row["id"]), sent)
+
+    def reply_to(self, message_id: str, *, session: Session | str | None = None) -> ReplyHandle:
+        """Return the handle of a message that was written before, here or elsewhere."""
+        url = self._url_of(session)
+        return ReplyHandle(self.database, self._listen_in(url), url, message_id, None)
+
+    async def cancel(self, *, session: Session | str | None = None, reason: str = "") -> None:
+        """Ask the agent to stop what it does in a session, durably; returns when that is written.
+
+        What runs is aborted and ends as cancelled; what only waits is cancelled, too.
+        """
+        url = self._url_of(session)
+        request = CancelRequest(agent=self.name, reason=reason)
+        await self.database.session(url).cancel_requests.insert(request)
+
+    # The loop.
+
+    async def has_pending_work(self, *, session: Session | str | None = None) -> bool:
+        """Whether a row waits for the agent or is being answered."""
+        await self.ready()
+        if self._url is None or not self._url.startswith("aidb://"):
+            return any(status.pending for status in await self.status())
+        url = self._url if session is None else self._url_of(session)
+        where = (("targetAgent", (self.name,)), ("processed", (False,)))
+        wanted = Filter("messages", url, where=where)
+        if url.endswith("*"):
+            wanted = Filter("messages", prefix=url[:-1], where=where)
+        for partition in self.database.sites_of(url):
+            await partition.drain()
+            _, rows = await partition.client.read(wanted)
+            if rows:
+                return True
+        return False
+
+    async def run_generation_cycle(self, *, session: Session | str | None = None) -> bool:
+        """Run one generation, or wait for one that runs already; False if nothing is pending."""
+        await self.ready()
+        await self._drain_writes()
+        url = None if session is None else self._url_of(session)
+        for ref in self._refs:
+            if await ref.with_timeout(RETIRE_MS * 10).ask(AgentActor.run_cycle, url):
+                return True
+        return False
+
+    async def drain_until_idle(
+        self,
+        *,
+        max_duration_ms: int = DRAIN_MS,
+        headroom_ms: int = HEADROOM_MS,
+        lifecycle: DrainLifecycle | None = None,
+        build_checkpoint: Callable[[], Awaitable[Sequence[Any]]] | None = None,
+        session: Session | str | None = None,
+    ) -> DrainResult:
+        """Work until nothing is pending or time is up.
+
+        A reactive agent works anyhow; then this waits. `lifecycle` is called in this process. No
+        cycle starts within `headroom_ms` of the deadline; what this began is stopped there, stays
+        pending, and `completed` is False.
+        """
+        await self.ready()
+        await self._drain_writes()
+        url = None if session is None else self._url_of(session)
+
+        async def step(timeout_ms: int) -> tuple[bool, int]:
+            answers = await asyncio.gather(
+                *(
+                    ref.with_timeout(timeout_ms + 10_000).ask(AgentActor.drain, url, timeout_ms)
+                    for ref in self._refs
+                )
+            )
+            return all(idle for idle, _ in answers), sum(cycles for _, cycles in answers)
+
+        result = await run_drain(
+            step,
+            max_duration_ms=max_duration_ms,
+            headroom_ms=headroom_ms,
+            lifecycle=lifecycle,
+            build_checkpoint=build_checkpoint,
+        )
+        if not result.completed:
+            await asyncio.gather(*(ref.ask(AgentActor.abort_drained) for ref in self._refs))
+        return result
+
+    async def status(self) -> list[ShardStatus]:
+        """Return how each shard is doing."""
+        await self.ready()
+        return list(await asyncio.gather(*(ref.ask(AgentActor.status) for ref in self._refs)))
+
+    async def processes(self) -> list[ProcessInfo]:
+        """Return the processes of the shards; those that do not answer are not serving."""
+        found: list[ProcessInfo] = []
+        for index, ref in enumerate(self._refs):
+            name = f"{self.name}/{index}"
+            try:
+                status = await ref.with_timeout(_STATUS_MS).ask(AgentActor.status)
+            except AidbError:
+                found.append(ProcessInfo("agent", name, 0, 0, serving=False))
+            else:
+                serving = status.epoch > 0 and not status.fenced
+                found.append(ProcessInfo("agent", name, status.pid, status.running, serving))
+        return found
+
+    async def aclose(self) -> None:
+        """End the agent: what runs stops where it is, and a later runner goes on with it."""
+        await self.detach()
+        await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
+
+    async def detach(self) -> None:
+        """Let go of the agent; it goes on."""
+        if self._starting is not None:
+            await asyncio.wait([self._starting])
+        for replies in self._replies.values():
+            replies.close()
+        self._replies.clear()
+
+    # Starting.
+
+    async def _begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
+        running = [] if self.database.is_local else await self._find_running()
+        local = _local_shards(self.database).get(self.name)
+        if local is not None:
+            running = list(local)
+        if definition is None:
+            if not running:
+                raise ConfigError(
+                    f"No agent {self.name!r} runs in database {self.database.name!r}.",
+                    code="agent_missing",
+                )
+            self._refs = running
+            return
+        if running:
+            if await self._goes_on(running, definition, on_change):
+                self._refs = running
+                return
+            await asyncio.gather(
+                *(
+                    ref.with_timeout(RETIRE_MS + 10_000).ask(AgentActor.retire, RETIRE_MS)
+                    for ref in running
+                ),
+                return_exceptions=True,
+            )
+            await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in running))
+        self._refs = [
+            await self._start_shard(definition, index) for index in range(definition.shards)
+        ]
+        await asyncio.gather(
+            *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
+        )
+
+    async def _find_running(self) -> list[ActorRef[AgentActor]]:
+        found: list[ActorRef[AgentActor]] = []
+        while True:
+            ref = await find(AgentActor, self._actor_name(len(found)))
+            if ref is None:
+                return found
+            found.append(ref)
+
+    async def _goes_on(
+        self,
+        running: list[ActorRef[AgentActor]],
+        definition: AgentDefinition,
+        on_change: OnChange,
+    ) -> bool:
+        """Whether the running agent is the one that was meant, or shall stay."""
+        try:
+            status = await running[0].ask(AgentActor.status)
+        except UnavailableError:
+            # It is being restarted, with the definition it had.
+            return on_change == "attach"
+        if status.fingerprint == definition.fingerprint() or on_change == "attach":
+            return True
+        if on_change == "error":
+            raise ConfigError(
+                f"Agent {self.name!r} runs with another definition. Create it with "
+                f"on_change='replace', or attach to it with db.agent({self.name!r}).",
+                code="agent_exists",
+            )
+        return False
+
+    async def _start_shard(self, definition: AgentDefinition, index: int) -> ActorRef[AgentActor]:
+        database = self.database
+        if database.is_local:
+            ref: ActorRef[AgentActor] = LocalRef(AgentActor(database, definition, index))
+            shards = _local_shards(database).setdefault(self.name, [])
+            del shards[index:]
+            shards.append(ref)
+            return ref
+        owned = database.cluster is not None and database.cluster.owned
+        options = ActorOptions(
+            name=self._actor_name(index), detached=not owned, **dict(definition.ray_options)
+        )
+        return await spawn(AgentActor, options, database, definition, index)
+
+    def _actor_name(self, index: int) -> str:
+        return f"aidb/{self.database.name}/agent/{self.name}/{index}"
+
+    # Inside.
+
+    def _one_session(self) -> str:
+        url = self._url or ""
+        if url.endswith("*") or not url:
+            raise ConfigError(
+                f"Agent {self.name!r} works for {url or 'rows of your own'}: name a session with "
+                f"agent.in_session(url).",
+                code="session_required",
+            )
+        return url
+
+    def _url_of(self, session: Session | str | None) -> str:
+        if session is None:
+            return self._one_session()
+        url = session.url if isinstance(session, Session) else session
+        self._check_session(url)
+        return url
+
+    def _check_session(self, url: str) -> None:
+        mine = self._url
+        if mine is None:
+            return
+        fits = url.startswith(mine[:-1]) if mine.endswith("*") else url == mine
+        if not fits or url.endswith("*"):
+            raise ConfigError(
+                f"{url!r} is no session of agent {self.name!r}, which works for {mine!r}.",
+                code="foreign_session",
+            )
+
+    def _listen(self) -> None:
+        if self._url is None or not self._url.startswith("aidb://"):
+            return
+        for index, partition in enumerate(self.database.partitions):
+            if index not in self._replies and partition in self.database.sites_of(self._url):
+                self._replies[index] = Replies(partition, self.name, self._url)
+
+    def _listen_in(self, url: str) -> Replies:
+        partition = self.database.site_of(url)
+        index = self.database.partitions.index(partition)
+        found = self._replies.get(index)
+        if found is None:
+            found = self._replies[index] = Replies(partition, self.name, self._url or "aidb://*")
+        return found
+
+    async def _drain_writes(self) -> None:
+        for partition in self.database.partitions:
+            await partition.drain()
+
+
+class AgentInSession:
+    """An agent as it is in one session of its pattern."""
+
+    def __init__(self, agent: Agent, url: str) -> None:
+        self.agent = agent
+        self.name = agent.name
+        self.url = url
+
+    @property
+    def collections(self) -> AgentCollections:
+        """The collections of the session."""
+        return AgentCollections(self.agent.database.session(self.url))
+
+    def send(self, text: str, **options: Any) -> ReplyHandle:
+        """See `Agent.send`."""
+        return self.agent.send(text, session=self.url, **options)
+
+    async def cancel(self, *, reason: str = "") -> None:
+        """See `Agent.cancel`."""
+        await self.agent.cancel(session=self.url, reason=reason)
+
+    async def has_pending_work(self) -> bool:
+        """See `Agent.has_pending_work`."""
+        return await self.agent.has_pending_work(session=self.url)
+
+    async def run_generation_cycle(self) -> bool:
+        """See `Agent.run_generation_cycle`."""
+        return await self.agent.run_generation_cycle(session=self.url)
+
+    async def drain_until_idle(self, **options: Any) -> DrainResult:
+        """See `Agent.drain_until_idle`."""
+        return await self.agent.drain_until_idle(session=self.url, **options)
+
+
+def _local_shards(database: Database) -> dict[str, list[ActorRef[AgentActor]]]:
+    """Return the shards that run in this process, which no name service knows."""
+    shards: dict[str, list[ActorRef[AgentActor]]] = database.local_shards
+    return shards
+
+
+def _retrieve(starting: asyncio.Task[None]) -> None:
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        logger.error("an agent could not start: %s", error)
+
+
+_attached: dict[tuple[int, str], Agent] = {}
+
+
+def _reattach(database: Database, name: str, url: str | None, shards: int) -> Agent:
+    # One handle per process: each would listen for replies by itself.
+    place = (id(database), name)
+    found = _attached.get(place)
+    if found is None:
+        found = _attached[place] = Agent(database, name, url, shards)
+    return found
