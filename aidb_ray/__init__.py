@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aidb_ray.agents.agent import Agent, create_agent
-    from aidb_ray.agents.definition import History, Retry, UsageLimits, durable_agent
+    from aidb_ray.agents.definition import (
+        AgentDefinition,
+        History,
+        Retry,
+        UsageLimits,
+        durable_agent,
+    )
     from aidb_ray.agents.drain import DrainLifecycle, DrainResult
+    from aidb_ray.agents.replies import ReplyHandle
     from aidb_ray.chunks import replay, stream_to_collection
     from aidb_ray.contracts import (
         AgentMessage,
@@ -22,7 +29,12 @@ if TYPE_CHECKING:
         ToolCall,
         ToolCallContract,
     )
-    from aidb_ray.database import Database, Session, connect
+    from aidb_ray.database import (
+        Database,
+        ProcessInfo,
+        Session,
+        connect,
+    )
     from aidb_ray.errors import (
         AidbError,
         CompactedError,
@@ -81,7 +93,13 @@ if TYPE_CHECKING:
     )
     from aidb_ray.models.base import ModelMessage, TextAdapter
     from aidb_ray.models.chat import chat
-    from aidb_ray.models.openai import openai_text
+    from aidb_ray.models.openai import (
+        Backoff,
+        EnvKey,
+        Timeouts,
+        openai_text,
+    )
+    from aidb_ray.models.signals import Signal
     from aidb_ray.models.tools import Tool, ToolContext, tool
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.query.operators import Delta
@@ -90,8 +108,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agent",
+    "AgentDefinition",
     "AgentMessage",
     "AidbError",
+    "Backoff",
     "Change",
     "Chunk",
     "ChunkContract",
@@ -105,6 +125,7 @@ __all__ = [
     "Delta",
     "DrainLifecycle",
     "DrainResult",
+    "EnvKey",
     "FencedError",
     "Generation",
     "GenerationContract",
@@ -115,18 +136,22 @@ __all__ = [
     "ModelError",
     "ModelMessage",
     "NotReadyError",
+    "ProcessInfo",
     "QueryError",
     "Ref",
+    "ReplyHandle",
     "Retry",
     "RowError",
     "RunCancelledError",
     "Session",
+    "Signal",
     "SlowConsumerError",
     "StorageError",
     "StorageFullError",
     "StoreLockedError",
     "StoreMismatchError",
     "TextAdapter",
+    "Timeouts",
     "Tool",
     "ToolCall",
     "ToolCallContract",
@@ -178,12 +203,14 @@ __all__ = [
 _WHERE = {
     "Agent": "aidb_ray.agents.agent",
     "create_agent": "aidb_ray.agents.agent",
+    "AgentDefinition": "aidb_ray.agents.definition",
     "History": "aidb_ray.agents.definition",
     "Retry": "aidb_ray.agents.definition",
     "UsageLimits": "aidb_ray.agents.definition",
     "durable_agent": "aidb_ray.agents.definition",
     "DrainLifecycle": "aidb_ray.agents.drain",
     "DrainResult": "aidb_ray.agents.drain",
+    "ReplyHandle": "aidb_ray.agents.replies",
     "replay": "aidb_ray.chunks",
     "stream_to_collection": "aidb_ray.chunks",
     "AgentMessage": "aidb_ray.contracts",
@@ -194,6 +221,7 @@ _WHERE = {
     "ToolCall": "aidb_ray.contracts",
     "ToolCallContract": "aidb_ray.contracts",
     "Database": "aidb_ray.database",
+    "ProcessInfo": "aidb_ray.database",
     "Session": "aidb_ray.database",
     "connect": "aidb_ray.database",
     "AidbError": "aidb_ray.errors",
@@ -251,7 +279,11 @@ _WHERE = {
     "ModelMessage": "aidb_ray.models.base",
     "TextAdapter": "aidb_ray.models.base",
     "chat": "aidb_ray.models.chat",
+    "Backoff": "aidb_ray.models.openai",
+    "EnvKey": "aidb_ray.models.openai",
+    "Timeouts": "aidb_ray.models.openai",
     "openai_text": "aidb_ray.models.openai",
+    "Signal": "aidb_ray.models.signals",
     "Tool": "aidb_ray.models.tools",
     "ToolContext": "aidb_ray.models.tools",
     "tool": "aidb_ray.models.tools",

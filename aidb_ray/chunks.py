@@ -10,12 +10,13 @@ import asyncio
 from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
 from aidb_ray.contracts import Chunk
-from aidb_ray.errors import ConfigError, ContractError
+from aidb_ray.errors import ConfigError, ConflictError, ContractError, UnavailableError
 from aidb_ray.store.changes import (
     CHUNKS,
     Append,
@@ -96,15 +97,14 @@ class ChunkBuffer:
     """Chunks of one generation that are not written yet. No I/O.
 
     Attributes:
-        next_index: Index that the next chunk gets.
         attempt: The start of the run that writes them.
     """
 
     def __init__(self, session: str, generation_id: str, *, next_index: int, attempt: int) -> None:
         self.session = session
         self.generation_id = generation_id
-        self.next_index = next_index
         self.attempt = attempt
+        self._taken = next_index
         self._codes: list[int] = []
         self._payloads: list[str] = []
         self._own: list[str] = []
@@ -112,16 +112,16 @@ class ChunkBuffer:
     def __len__(self) -> int:
         return len(self._codes)
 
-    def add(self, type_: str, payload: str) -> int:
-        """Add one chunk and return its index."""
+    @property
+    def next_index(self) -> int:
+        """Index that the next chunk gets."""
+        return self._taken + len(self._codes)
+
+    def add(self, type_: str, payload: str) -> None:
+        """Add one chunk."""
         code = _CODES.get(type_)
-        if code is None:
-            code = self._own_code(type_)
-        self._codes.append(code)
+        self._codes.append(self._own_code(type_) if code is None else code)
         self._payloads.append(payload)
-        index = self.next_index
-        self.next_index += 1
-        return index
 
     def begin_attempt(self) -> None:
         """Mark that a new attempt begins here, if it is not the first."""
@@ -137,13 +137,14 @@ class ChunkBuffer:
             self.session,
             self.generation_id,
             self.attempt,
-            self.next_index - count,
+            self._taken,
             0,
             count,
             tuple(self._own),
             ending or "",
         )
         columns = pack(self._codes, self._payloads) if count else EMPTY
+        self._taken += count
         self._codes, self._payloads, self._own = [], [], []
         return append, columns
 
@@ -170,6 +171,7 @@ class ChunkFlusher:
         self._client = client
         self._open: dict[ChunkBuffer, Runner | None] = {}
         self._failed: dict[ChunkBuffer, BaseException] = {}
+        self._sent: dict[ChunkBuffer, asyncio.Future[int]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self, buffer: ChunkBuffer, runner: Runner | None = None) -> None:
@@ -190,6 +192,7 @@ class ChunkFlusher:
     def discard(self, buffer: ChunkBuffer) -> None:
         """Flush the buffer no more, whatever became of it."""
         self._open.pop(buffer, None)
+        self._sent.pop(buffer, None)
         self._failed.pop(buffer, None)
 
     def check(self, buffer: ChunkBuffer, *, forget: bool = False) -> None:
@@ -198,19 +201,30 @@ class ChunkFlusher:
         if error is not None:
             raise error
 
+    def sent(self, buffer: ChunkBuffer) -> asyncio.Future[int] | None:
+        """Return the outcome of the newest flush of a buffer that is not discarded."""
+        return self._sent.get(buffer)
+
     def flush(self, buffer: ChunkBuffer) -> None:
         """Send what the buffer holds now."""
         taken = buffer.take()
         if taken is None:
             return
         append, columns = taken
-        sent = self._client.commit([append], chunks=columns, runner=self._open.get(buffer))
-        sent.add_done_callback(lambda sent: self._note(buffer, sent))
+        try:
+            sent = self._client.commit([append], chunks=columns, runner=self._open.get(buffer))
+        except UnavailableError as error:
+            self._note(buffer, error)
+        else:
+            self._sent[buffer] = sent
+            sent.add_done_callback(
+                lambda sent: self._note(buffer, None if sent.cancelled() else sent.exception())
+            )
 
-    def _note(self, buffer: ChunkBuffer, sent: asyncio.Future[int]) -> None:
-        error = None if sent.cancelled() else sent.exception()
+    def _note(self, buffer: ChunkBuffer, error: BaseException | None) -> None:
+        # The first one: later chunks are refused because of it.
         if error is not None and buffer in self._open:
-            self._failed[buffer] = error
+            self._failed.setdefault(buffer, error)
 
     def _arm(self) -> None:
         loop = asyncio.get_running_loop()
@@ -340,6 +354,7 @@ async def stream_to_collection(
     Args:
         stream: AG-UI events, or anything that `transform` understands.
         collection: `session.chunks`, kept as batches; or a collection of a row type of yours.
+        generation_id: Whose stream it is.
         transform: Makes a chunk of (event, index, generation_id): a `Chunk`, or a mapping with
             `type` and `content`; for a collection of yours, one of its rows.
 
@@ -355,6 +370,13 @@ async def stream_to_collection(
         return await _stream_rows(stream, collection, generation_id, transform)
     client = collection.site.client
     found = await client.read_chunks(collection.session, generation_id, 1 << 62)
+    if found.closes:
+        raise ConflictError(
+            f"The chunk stream of {generation_id!r} has ended; start a new generation.",
+            code="stream_closed",
+            collection=CHUNKS,
+            key=generation_id,
+        )
     attempt = found.attempt + 1
     buffer = ChunkBuffer(
         collection.session, generation_id, next_index=found.next_index, attempt=attempt
@@ -365,22 +387,37 @@ async def stream_to_collection(
     ending: Ending = "raised"
     put = _event_writer(buffer) if transform is None else _row_writer(buffer, transform)
     try:
-        async for event in stream:
-            put(event)
-            if len(buffer) >= FLUSH_CHUNKS:
-                flusher.check(buffer)
-                flusher.flush(buffer)
+        async with _closing(stream):
+            async for event in stream:
+                put(event)
+                if len(buffer) >= FLUSH_CHUNKS:
+                    flusher.check(buffer)
+                    flusher.flush(buffer)
         ending = "finished"
     except asyncio.CancelledError:
         ending = "cancelled"
         raise
     finally:
-        flusher.close(buffer)
+        try:
+            flusher.close(buffer)
+        finally:
+            flusher.discard(buffer)
         taken = buffer.take(ending)
         assert taken is not None
         # A cancelled caller stops waiting for it; the commit goes on.
         await client.commit([taken[0]], chunks=taken[1])
     return buffer.next_index
+
+
+@asynccontextmanager
+async def _closing(stream: AsyncIterator[Any]) -> AsyncIterator[None]:
+    """End a stream that is not read to its end, so that its request is aborted."""
+    try:
+        yield
+    finally:
+        close = getattr(stream, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
@@ -423,15 +460,16 @@ async def _stream_rows(
     loop = asyncio.get_running_loop()
     due = loop.time() + FLUSH_INTERVAL_MS / 1000
     try:
-        async for event in stream:
-            rows.append(transform(event, index, generation_id))
-            index += 1
-            if len(rows) >= FLUSH_CHUNKS or loop.time() >= due:
-                waiting.append(collection.insert(rows))
-                rows = []
-                due = loop.time() + FLUSH_INTERVAL_MS / 1000
-            while len(waiting) > 8:
-                await waiting.popleft()
+        async with _closing(stream):
+            async for event in stream:
+                rows.append(transform(event, index, generation_id))
+                index += 1
+                if len(rows) >= FLUSH_CHUNKS or loop.time() >= due:
+                    waiting.append(collection.insert(rows))
+                    rows = []
+                    due = loop.time() + FLUSH_INTERVAL_MS / 1000
+                while len(waiting) > 8:
+                    await waiting.popleft()
     finally:
         if rows:
             waiting.append(collection.insert(rows))
@@ -521,6 +559,8 @@ async def follow_slices(
 ) -> AsyncIterator[ChunkSlice]:
     """Yield a generation's chunks as slices; see `replay`."""
     client = chunks.site.client
+    # Stands for slices that were not heard: they lie in the store.
+    gap = ChunkSlice(generation_id, 0, 1 << 62, EMPTY)
     inbox: deque[ChunkSlice] = deque()
     arrived = asyncio.Event()
 
@@ -529,11 +569,11 @@ async def follow_slices(
         if len(inbox) > MAX_UNREAD_SLICES:
             # Stored chunks can be read again, so what waits may go.
             inbox.clear()
-            inbox.append(ChunkSlice(generation_id, 0, 1 << 62, EMPTY))
+            inbox.append(gap)
         arrived.set()
 
     def begin_again(_rows: Sequence[FoundRow], _revision: int) -> None:
-        inbox.append(ChunkSlice(generation_id, 0, 1 << 62, EMPTY))
+        inbox.append(gap)
         arrived.set()
 
     subscription = None
@@ -552,7 +592,7 @@ async def follow_slices(
                     # The feed began later than it should, or dropped some: they are stored.
                     async for stored in reader.slices():
                         yield stored
-                fresh = _after(part, reader.index)
+                fresh = None if part is gap else _after(part, reader.index)
                 if fresh is not None:
                     reader.index = fresh.index + len(fresh.columns.types)
                     yield fresh

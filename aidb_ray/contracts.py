@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from uuid import uuid4
@@ -32,7 +32,7 @@ def is_valid_name(name: str) -> bool:
 
 def utc_now() -> datetime:
     """Return the time now, aware, in UTC."""
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 def new_id() -> str:
@@ -41,12 +41,12 @@ def new_id() -> str:
 
 
 def _to_utc(value: datetime) -> datetime:
-    return value.astimezone(timezone.utc)
+    return value.astimezone(UTC)
 
 
 def _iso(value: datetime) -> str:
     # Always six digits: texts of equal width sort as their times do.
-    return value.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return value.isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def _checked_key(value: str) -> str:
@@ -230,13 +230,24 @@ class ToolCallContract(Protocol):
     """What a row needs so that an executor can run it."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Identifies the row in its collection."""
+        ...
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the tool."""
+        ...
+
     @property
-    def status(self) -> str: ...
+    def status(self) -> str:
+        """Where it stands; which values there are is up to the user."""
+        ...
+
     @property
-    def args(self) -> Any: ...
+    def args(self) -> Any:
+        """What the tool is given."""
+        ...
 
 
 @runtime_checkable
@@ -244,9 +255,14 @@ class GenerationContract(Protocol):
     """What a row needs so that a generation effect can run it."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Identifies the row in its collection."""
+        ...
+
     @property
-    def status(self) -> str: ...
+    def status(self) -> str:
+        """Where it stands; which values there are is up to the user."""
+        ...
 
 
 @runtime_checkable
@@ -254,11 +270,19 @@ class ChunkContract(Protocol):
     """What a row needs so that a stream can be replayed from it."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Identifies the row in its collection."""
+        ...
+
     @property
-    def generation_id(self) -> str: ...
+    def generation_id(self) -> str:
+        """The stream that it is part of."""
+        ...
+
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Its place in the stream, from 0."""
+        ...
 
 
 DEFAULT_ROW_TYPES: Mapping[str, type[Row]] = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from contextlib import asynccontextmanager
+import shutil
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from aidb_ray.contracts import AgentMessage, CancelRequest, Generation, ToolCall, is_valid_name
-from aidb_ray.errors import ConfigError, StoreMismatchError
+from aidb_ray.errors import ConfigError, StorageError, StoreMismatchError, UnavailableError
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
 from aidb_ray.store.changes import bucket_of
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
     from aidb_ray.agents.agent import Agent
     from aidb_ray.chunks import ChunkCollection
     from aidb_ray.query.live import LiveQuery
+    from aidb_ray.store.files import FileSystem
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 OPEN_TIMEOUT_MS = 120_000
+FIND_TIMEOUT_MS = 30_000
 
 
 class Partition:
@@ -53,9 +57,10 @@ class Partition:
 
     async def drain(self) -> None:
         """Wait until every write made so far has its outcome."""
+        await self.client.drain()
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await self.client.drain()
+            await self.client.drain()
 
     async def aclose(self) -> None:
         """Wait for outstanding writes, then end the feed."""
@@ -86,7 +91,7 @@ _open: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Database]] = WeakKeyDic
 
 
 def current_database() -> Database:
-    """Return the default database: of this task's context, else the latest open of this loop.
+    """Return the default database: of an agent's code its own, else the latest open of this loop.
 
     Raises:
         ConfigError: `not_connected`.
@@ -129,7 +134,9 @@ class Database:
         self.cluster = cluster
         self.is_closed = False
         self._refs = refs
-        self._partitions: list[Partition] | None = None
+        # A client belongs to one event loop; a handle may be used in several, one after the other.
+        self._partitions: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Partition]]
+        self._partitions = WeakKeyDictionary()
         self._agents: dict[str, Agent] = {}
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
@@ -159,13 +166,19 @@ class Database:
 
     @property
     def partitions(self) -> list[Partition]:
-        """The partitions as this process reaches them."""
-        if self._partitions is None:
-            self._partitions = [Partition(ref) for ref in self._refs]
-        return self._partitions
+        """The partitions as this event loop reaches them."""
+        loop = asyncio.get_running_loop()
+        found = self._partitions.get(loop)
+        if found is None:
+            if self.is_closed:
+                raise _closed(self.name)
+            found = self._partitions[loop] = [Partition(ref) for ref in self._refs]
+        return found
 
     async def connected(self) -> None:
         """Connect if that has not happened in this process yet; refs find their actors."""
+        if self.is_closed:
+            raise _closed(self.name)
 
     def site_of(self, session: str) -> Partition:
         """Return the partition that holds a session; sessions that are none are in the first."""
@@ -174,7 +187,8 @@ class Database:
             return partitions[0]
         if session.endswith("*"):
             raise ConfigError(
-                f"{session!r} spans partitions; follow it with one live query a partition.",
+                f"The sessions of {session!r} are in {len(partitions)} partitions, which count "
+                f"their revisions apart. Use a query, or subscribe.",
                 code="spans_partitions",
             )
         return partitions[bucket_of(session) % len(partitions)]
@@ -195,7 +209,8 @@ class Database:
         found: list[str] = []
         for partition in self.partitions:
             found += await partition.client.sessions(prefix)
-        return [Session(self, url) for url in sorted(found)]
+        # The name that stands for no session holds collections of the whole database.
+        return [Session(self, url) for url in sorted(found) if url]
 
     def collection(
         self,
@@ -239,31 +254,48 @@ class Database:
         return self._agents.get(name) or attach_agent(self, name)
 
     @asynccontextmanager
-    async def transaction(self, session: Session | str) -> AsyncIterator[Transaction]:
+    async def transaction(self, session: Session | str) -> AsyncGenerator[Transaction]:
         """Collect the writes made inside and commit them together at the end.
 
         An exception inside writes nothing. Only writes to `session` can take part. Awaiting a
         write inside is an error, for it is durable only afterwards.
         """
         url = session.url if isinstance(session, Session) else session
-        if current_group.get() is not None:
+        _check_session(url)
+        outer = current_group.get()
+        if outer is not None and outer.is_open:
             raise ConfigError("Transactions cannot be nested.", code="nested_transaction")
         site = self.site_of(url)
         group = Group(url)
         transaction = Transaction(url, group.intents, site.client, site.writes)
+        transaction.is_part = True
         token = current_group.set(group)
         try:
             yield transaction
         finally:
             current_group.reset(token)
+            group.is_open = False
+            transaction.is_part = False
         if not group.intents:
             transaction.settle(0, None)
             return
-        for intent in group.intents:
+        await self._commit_group(site, group, transaction)
+
+    async def _commit_group(self, site: Partition, group: Group, transaction: Transaction) -> None:
+        url, writes = group.session, site.writes
+        earlier: dict[Transaction, None] = {}
+        for intent in {(i.collection, i.key): i for i in group.intents}.values():
             where = (intent.collection, intent.key)
+            owner = writes.latest_owner(url, *where)
+            if isinstance(owner, Transaction):
+                earlier[owner] = None
             if where in group.shown:
                 transaction.show(intent, group.shown[where])
-        site.spawn(transaction.run(lambda _: None))
+        site.spawn(
+            transaction.run(
+                lambda patch: writes.durable(url, patch.collection, patch.key, None), list(earlier)
+            )
+        )
         await transaction
 
     # How it runs.
@@ -274,8 +306,6 @@ class Database:
 
     async def processes(self) -> list[ProcessInfo]:
         """Return the processes of this database: stores, and the shards of agents used here."""
-        from aidb_ray.errors import UnavailableError
-
         found: list[ProcessInfo] = []
         for index, partition in enumerate(self.partitions):
             name = f"p{index}"
@@ -294,8 +324,17 @@ class Database:
         """Remember an agent that was created or attached here."""
         self._agents[agent.name] = agent
 
+    def forget_agent(self, agent: Agent) -> None:
+        """Forget an agent that was ended."""
+        if self._agents.get(agent.name) is agent:
+            del self._agents[agent.name]
+
     async def aclose(self) -> None:
-        """Wait for outstanding writes and disconnect; on a cluster started here, end it."""
+        """Wait for outstanding writes and disconnect; on a cluster started here, end it.
+
+        Agents go first, for they write; stores last. What fails on the way does not keep the
+        rest from closing.
+        """
         if self.is_closed:
             return
         self.is_closed = True
@@ -303,25 +342,28 @@ class Database:
             if self in stack:
                 stack.remove(self)
         owns_processes = self.is_local or (self.cluster is not None and self.cluster.owned)
-        if owns_processes:
-            await self._stop_agents()
-        else:
-            for agent in self._agents.values():
-                await agent.detach()
-        for partition in self.partitions:
-            await partition.aclose()
-        if owns_processes:
-            await asyncio.gather(*(ref.with_timeout(30_000).stop() for ref in self._refs))
-        if self.cluster is not None and self.cluster.owned:
-            self.cluster.close()
+        partitions = self._partitions.pop(asyncio.get_running_loop(), [])
+        async with AsyncExitStack() as closing:
+            # The last one pushed is the first to close.
+            if self.cluster is not None:
+                closing.push_async_callback(self.cluster.close)
+            if owns_processes:
+                closing.push_async_callback(self._stop_stores)
+            for partition in partitions:
+                closing.push_async_callback(partition.aclose)
+            for agent in list(self._agents.values()):
+                closing.push_async_callback(agent.aclose if owns_processes else agent.detach)
 
     async def shutdown(self) -> None:
         """End the agents and stores of this database, also on an existing cluster; rows stay."""
         await self._stop_agents()
         for partition in self.partitions:
             await partition.drain()
-        await asyncio.gather(*(ref.with_timeout(30_000).stop() for ref in self._refs))
+        await self._stop_stores()
         await self.aclose()
+
+    async def _stop_stores(self) -> None:
+        await asyncio.gather(*(ref.with_timeout(30_000).stop() for ref in self._refs))
 
     async def _stop_agents(self) -> None:
         for agent in list(self._agents.values()):
@@ -339,7 +381,9 @@ class Session:
         return f"<Session {self.url}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Session) and other.url == self.url
+        return (
+            isinstance(other, Session) and other.url == self.url and other.database is self.database
+        )
 
     def __hash__(self) -> int:
         return hash(self.url)
@@ -414,7 +458,9 @@ def connect(
             `"local"`: in this process, no Ray, same log format. `"auto"`, `"host:port"`: an
             existing cluster, whose stores and agents outlive this process.
         data_dir: Where the log lies. Relative only for a cluster started here or `"local"`.
+        database: Its name, which is that of its directory in `data_dir`, too.
         partitions: Fixed when the database is created.
+        replicas: 1.
         durability: `"local"`: durable on this node's disk. `"memory"`: lost with the process.
         store_options: Overrides for `StoreOptions`, such as `snapshot_bytes`.
 
@@ -456,89 +502,157 @@ async def _connect(plan: _Plan) -> Database:
     try:
         database = await _open_database(plan, cluster)
     except BaseException:
-        if cluster is not None and cluster.owned:
-            cluster.close()
+        if cluster is not None:
+            await cluster.close()
         raise
-    set_current_database(database)
     _open.setdefault(asyncio.get_running_loop(), []).append(database)
     return database
 
 
 async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
-    refs: list[ActorRef[StoreActor]] = []
+    home = plan.data_dir.absolute() / plan.database
     is_private = cluster is None or cluster.owned
-    home = _home(plan, must_exist=not is_private)
-    if not is_private:
-        refs = await _find_running(plan)
+    refs = [] if is_private else await _find_running(plan, home)
     if not refs:
-        options = _store_options(plan, home)
-        for option in options:
-            refs.append(await _start_store(option, cluster, is_private=is_private))
-    database = Database(
+        if not is_private:
+            _check_shared_directory(plan)
+        refs = await _start_stores(plan, home, cluster, is_private=is_private)
+    return Database(
         plan.database, refs, data_dir=str(home), cluster=cluster, durability=plan.durability
     )
-    for ref in refs:
-        await ref.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.start)
-    return database
 
 
-def _home(plan: _Plan, *, must_exist: bool) -> Path:
-    if must_exist and plan.durability == "local":
-        if not plan.data_dir.is_absolute():
-            raise ConfigError(
-                f"On an existing cluster data_dir must be absolute, not {str(plan.data_dir)!r}: "
-                f"its processes have other working directories.",
-                code="relative_data_dir",
-            )
-        if not plan.data_dir.is_dir():
-            raise StoreMismatchError(
-                f"{plan.data_dir} does not exist on this node. Create it on the node that shall "
-                f"hold the data, and connect from there.",
-            )
-    return plan.data_dir.absolute() / plan.database
+def _check_shared_directory(plan: _Plan) -> None:
+    if plan.durability != "local":
+        return
+    if not plan.data_dir.is_absolute():
+        raise ConfigError(
+            f"On an existing cluster data_dir must be absolute, not {str(plan.data_dir)!r}: "
+            f"its processes have other working directories.",
+            code="relative_data_dir",
+        )
+    if not plan.data_dir.is_dir():
+        raise StoreMismatchError(
+            f"{plan.data_dir} does not exist on this node. Create it on the node that shall hold "
+            f"the data, and connect from there.",
+            code="store_missing",
+        )
 
 
-async def _find_running(plan: _Plan) -> list[ActorRef[StoreActor]]:
+async def _find_running(plan: _Plan, home: Path) -> list[ActorRef[StoreActor]]:
+    """Return the stores of the database that run on the cluster, none if it has none."""
     first = await find(StoreActor, _store_name(plan.database, 0))
     if first is None:
         return []
+    status = await first.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open)
+    _check_partitions(plan, status.partitions)
+    if status.durability != plan.durability:
+        raise ConfigError(
+            f"Database {plan.database!r} runs with durability {status.durability!r}, not "
+            f"{plan.durability!r}.",
+            code="durability_differs",
+        )
+    if plan.durability == "local" and Path(status.directory) != home / "p0":
+        raise StoreMismatchError(
+            f"Database {plan.database!r} of this cluster is in {status.directory!r}, not in "
+            f"{str(home / 'p0')!r}. Name its data_dir, or another database."
+        )
     refs: list[ActorRef[StoreActor]] = [first]
-    while True:
+    deadline = time.monotonic() + FIND_TIMEOUT_MS / 1000
+    while len(refs) < plan.partitions:
         another = await find(StoreActor, _store_name(plan.database, len(refs)))
-        if another is None:
-            break
-        refs.append(another)
-    _check_partitions(plan, len(refs))
+        if another is not None:
+            refs.append(another)
+        elif time.monotonic() > deadline:
+            raise UnavailableError(
+                f"Partition {len(refs)} of database {plan.database!r} is not running.",
+                outcome="not_applied",
+            )
+        else:
+            # Whoever starts the database starts its partitions one after the other.
+            await asyncio.sleep(0.1)
+    await _open_all(refs[1:])
     return refs
+
+
+async def _start_stores(
+    plan: _Plan, home: Path, cluster: Cluster | None, *, is_private: bool
+) -> list[ActorRef[StoreActor]]:
+    options = await asyncio.to_thread(_store_options, plan, home)
+    refs: list[ActorRef[StoreActor]] = []
+    try:
+        for option in options:
+            refs.append(await _start_store(option, cluster, is_private=is_private))  # noqa: PERF401
+        await _open_all(refs)
+    except BaseException:
+        # A store that cannot be opened would answer later drivers under its name.
+        await asyncio.gather(*(ref.with_timeout(5_000).stop() for ref in refs))
+        raise
+    return refs
+
+
+async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> None:
+    opening = (ref.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open) for ref in refs)
+    await asyncio.gather(*opening)
 
 
 def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:
     if plan.durability == "memory":
         uuid = str(uuid4())
-        return [
-            StoreOptions(plan.database, index, "memory", "", uuid, **plan.options)
-            for index in range(plan.partitions)
-        ]
-    uuid = _create_or_identify(plan, home)
+        directories = [""] * plan.partitions
+    else:
+        uuid = _create_or_identify(plan, home)
+        directories = [str(home / f"p{index}") for index in range(plan.partitions)]
     return [
-        StoreOptions(plan.database, index, "local", str(home / f"p{index}"), uuid, **plan.options)
-        for index in range(plan.partitions)
+        StoreOptions(
+            database=plan.database,
+            partition=index,
+            durability=plan.durability,
+            directory=directory,
+            store_uuid=uuid,
+            partitions=plan.partitions,
+            **plan.options,
+        )
+        for index, directory in enumerate(directories)
     ]
 
 
 def _create_or_identify(plan: _Plan, home: Path) -> str:
     """Return the store's uuid, creating its directories if there are none yet."""
-    from aidb_ray.store.directory import StoreDirectory
+    from aidb_ray.store.directory import StoreDirectory, storage_error
     from aidb_ray.store.files import FileSystem
-    from aidb_ray.store.log import create_store
 
     files = FileSystem()
-    if not home.exists():
-        uuid = str(uuid4())
-        home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Made under another name and renamed, so that it is there whole or not at all.
-        draft = home.with_name(f".{home.name}.{uuid}.draft")
-        draft.mkdir(mode=0o700)
+    try:
+        for path in (plan.data_dir, home):
+            if path.is_symlink():
+                raise ConfigError(
+                    f"The data directory {str(path)!r} is a link. Name the directory itself.",
+                    code="data_dir_refused",
+                )
+        if not home.exists():
+            _create_home(plan, home, files)
+        meta = StoreDirectory(home / "p0", files).read_meta()
+    except (PermissionError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"The data directory {str(home)!r} cannot be used: {error.strerror}.",
+            code="data_dir_refused",
+        ) from error
+    except OSError as error:
+        raise storage_error(error, "opening", home) from error
+    _check_partitions(plan, meta.partitions)
+    return meta.store_uuid
+
+
+def _create_home(plan: _Plan, home: Path, files: FileSystem) -> None:
+    from aidb_ray.store.log import create_store
+
+    home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Made under another name and renamed, so that it is there whole or not at all.
+    uuid = str(uuid4())
+    draft = home.with_name(f".{home.name}.{uuid}.draft")
+    draft.mkdir(mode=0o700)
+    try:
         for index in range(plan.partitions):
             create_store(
                 draft / f"p{index}",
@@ -549,10 +663,12 @@ def _create_or_identify(plan: _Plan, home: Path) -> str:
                 partitions=plan.partitions,
             )
         files.rename(draft, home)
-        files.sync_directory(home.parent)
-    meta = StoreDirectory(home / "p0", files).read_meta()
-    _check_partitions(plan, meta.partitions)
-    return meta.store_uuid
+    except (OSError, StorageError):
+        shutil.rmtree(draft, ignore_errors=True)
+        # Someone else may have made it at the same time.
+        if not home.exists():
+            raise
+    files.sync_directory(home.parent)
 
 
 def _check_partitions(plan: _Plan, partitions: int) -> None:
@@ -594,6 +710,12 @@ def _check_session(url: str) -> None:
         )
 
 
+def _closed(name: str) -> ConfigError:
+    return ConfigError(
+        f"The connection to database {name!r} was closed; connect again.", code="not_connected"
+    )
+
+
 _attached: dict[tuple[str, str], Database] = {}
 
 
@@ -601,6 +723,10 @@ def _reattach(
     name: str, refs: list[ActorRef[StoreActor]], data_dir: str, durability: str
 ) -> Database:
     # One connection per process, whatever number of handles arrive.
+    for stack in _open.values():
+        for database in stack:
+            if (database.name, database.data_dir) == (name, data_dir) and not database.is_local:
+                return database
     where = (name, data_dir)
     found = _attached.get(where)
     if found is None or found.is_closed:

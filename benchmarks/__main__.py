@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aidb_ray import AidbError, ConfigError
-from benchmarks import chunks, latency, recovery, replay, rows
+from benchmarks import chunks, latency, recovery, replay, rows, tools, turns
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -30,6 +30,8 @@ from benchmarks.harness import (
 BENCHMARKS: dict[str, Benchmark[Any]] = {
     "rows": Benchmark(rows.measure, rows.FULL, rows.QUICK),
     "latency": Benchmark(latency.measure, latency.FULL, latency.QUICK),
+    "turns": Benchmark(turns.measure, turns.FULL, turns.QUICK),
+    "tools": Benchmark(tools.measure, tools.FULL, tools.QUICK),
     "chunks": Benchmark(chunks.measure, chunks.FULL, chunks.QUICK),
     "replay": Benchmark(replay.measure, replay.FULL, replay.QUICK),
     "recovery": Benchmark(recovery.measure, recovery.FULL, recovery.QUICK),

@@ -83,7 +83,7 @@ async def write(db: Database, sizes: Sizes, path: Path) -> None:
             batch = to_arrow([taken[1]])
             if writer is None:
                 writer = pa.ipc.new_file(sink, batch.schema)
-            writer.write(batch)
+            writer.write(batch)  # pyright: ignore[reportUnknownMemberType]
         assert writer is not None
         writer.close()
 

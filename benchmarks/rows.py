@@ -16,8 +16,9 @@ from aidb_ray.store.changes import Batch, Commit, Insert
 from aidb_ray.store.feed import Feed
 from aidb_ray.store.files import FileSystem
 from aidb_ray.store.log import CommitLog, Frame, Rows, create_store
+from aidb_ray.store.plan import Plan
 from aidb_ray.store.rows import codec_of
-from aidb_ray.store.tables import Plan, Tables
+from aidb_ray.store.tables import Tables
 from benchmarks.harness import (
     Figure,
     Logged,

@@ -271,3 +271,39 @@ class FaultyFiles(FileSystem):
 def _part(data: bytes) -> int:
     """Return a length to cut `data` at: anywhere, the same for the same data."""
     return Random(data).randrange(1, len(data))
+
+
+class ForgetfulFiles(FileSystem):
+    """A disk without a cache of the kernel: what was not synced dies with the process.
+
+    So killing a process is also a power cut, at the cost of a kill.
+
+    Attributes:
+        die_in_sync: At this sync (from 1), write a part of what was to be synced, then kill this
+            process.
+    """
+
+    def __init__(self, *, die_in_sync: int = 0) -> None:
+        self.die_in_sync = die_in_sync
+        self._syncs = 0
+        self._pending: dict[int, list[tuple[int, bytes]]] = {}
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        self._pending.setdefault(fd, []).append((offset, bytes(data)))
+        return len(data)
+
+    def sync_data(self, fd: int) -> None:
+        self._syncs += 1
+        is_last = self._syncs == self.die_in_sync
+        for offset, data in self._pending.pop(fd, []):
+            part = data[: _part(data)] if is_last else data
+            super().write(fd, part, offset)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def sync_directory(self, path: Path) -> None:
+        """Do nothing: a kill leaves names as they are."""
+
+    def close(self, fd: int) -> None:
+        self._pending.pop(fd, None)
+        super().close(fd)

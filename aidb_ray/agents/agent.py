@@ -13,7 +13,7 @@ from aidb_ray.agents.replies import Replies, ReplyHandle
 from aidb_ray.agents.shard import AgentActor, ShardStatus
 from aidb_ray.contracts import CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
-from aidb_ray.errors import AidbError, ConfigError, UnavailableError
+from aidb_ray.errors import AidbError, ConfigError, KeyExistsError, UnavailableError
 from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
 from aidb_ray.store.changes import Filter
 from aidb_ray.store.transaction import Transaction
@@ -170,8 +170,13 @@ class Agent:
             "content": text,
             **fields,
         }
-        handle_session = self.database.session(url)
-        sent: Transaction = handle_session.messages.insert(row)
+        try:
+            sent = self.database.session(url).messages.insert(row)
+        except KeyExistsError:
+            # It is on its way already.
+            writes = self.database.site_of(url).writes
+            owner = writes.latest_owner(url, "messages", str(row["id"]))
+            sent = owner if isinstance(owner, Transaction) else None
         return ReplyHandle(self.database, replies, url, str(row["id"]), sent)
 
     def reply_to(self, message_id: str, *, session: Session | str | None = None) -> ReplyHandle:
@@ -279,6 +284,10 @@ class Agent:
         """End the agent: what runs stops where it is, and a later runner goes on with it."""
         await self.detach()
         await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
+        shards = _local_shards(self.database)
+        if shards.get(self.name) == self._refs:
+            del shards[self.name]
+        self.database.forget_agent(self)
 
     async def detach(self) -> None:
         """Let go of the agent; it goes on."""
@@ -318,6 +327,8 @@ class Agent:
         self._refs = [
             await self._start_shard(definition, index) for index in range(definition.shards)
         ]
+        if self.database.is_local:
+            _local_shards(self.database)[self.name] = self._refs
         await asyncio.gather(
             *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
         )
@@ -342,6 +353,9 @@ class Agent:
         except UnavailableError:
             # It is being restarted, with the definition it had.
             return on_change == "attach"
+        if status.fenced:
+            # Another one took over and has gone: nobody works any more.
+            return False
         if status.fingerprint == definition.fingerprint() or on_change == "attach":
             return True
         if on_change == "error":
@@ -355,11 +369,7 @@ class Agent:
     async def _start_shard(self, definition: AgentDefinition, index: int) -> ActorRef[AgentActor]:
         database = self.database
         if database.is_local:
-            ref: ActorRef[AgentActor] = LocalRef(AgentActor(database, definition, index))
-            shards = _local_shards(database).setdefault(self.name, [])
-            del shards[index:]
-            shards.append(ref)
-            return ref
+            return LocalRef(AgentActor(database, definition, index))
         owned = database.cluster is not None and database.cluster.owned
         options = ActorOptions(
             name=self._actor_name(index), detached=not owned, **dict(definition.ray_options)

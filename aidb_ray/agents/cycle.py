@@ -15,11 +15,11 @@ Nothing here waits, stores or asks. `advance` says what follows from what happen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, assert_never
 
 from aidb_ray.agents.definition import Retry, UsageLimits
-from aidb_ray.contracts import Generation, ToolCall
+from aidb_ray.agents.rows import GenerationRow, ToolCallRow
 from aidb_ray.models.base import ToolCallRequest, Usage
 
 Ending: TypeAlias = Literal["completed", "failed", "cancelled"]
@@ -30,8 +30,8 @@ class Limits:
     """What one generation may use."""
 
     max_rounds: int = 10
-    retry: Retry = Retry()
-    usage: UsageLimits = UsageLimits()
+    retry: Retry = field(default_factory=Retry)
+    usage: UsageLimits = field(default_factory=UsageLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Cycle:
     call_count: int = 0
     attempt: int = 1
     failures: int = 0
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def round(self) -> int:
@@ -216,18 +216,18 @@ def _fail_round(cycle: Cycle, event: RoundFailed, retry: Retry) -> tuple[Cycle, 
 
 
 def resume(
-    generation: Generation, calls: Sequence[ToolCall], in_doubt: Literal["retry", "fail", "park"]
+    generation: GenerationRow,
+    calls: Sequence[ToolCallRow],
+    in_doubt: Literal["retry", "fail", "park"],
 ) -> tuple[Cycle, Command]:
     """Return where a generation stands whose process died, and what to do next.
 
     Finished rounds and answered calls stay as they are. A round that was not finished is asked
     for again as a new attempt; calls that were running follow `in_doubt`.
     """
-    assert not generation.status.is_terminal, generation
+    assert not generation.is_terminal, generation
     newest = len(generation.rounds) - 1
-    running = tuple(
-        call.id for call in calls if call.round == newest and not call.status.is_terminal
-    )
+    running = tuple(call.id for call in calls if call.round == newest and not call.is_terminal)
     usage = generation.usage
     cycle = Cycle(
         generation.id,

@@ -259,7 +259,7 @@ def _check(definition: AgentDefinition) -> None:
         )
     if not 1 <= definition.shards <= 1024:
         raise ConfigError("An agent has 1 to 1,024 shards.", code="invalid_shards")
-    if definition.pending_work is not None and definition.shards > 1 and not definition.is_pattern:
+    if definition.shards > 1 and not definition.is_pattern:
         raise ConfigError(
             "Rows of one session, or of none, cannot be shared by several shards; follow a "
             "pattern of sessions or leave shards=1.",

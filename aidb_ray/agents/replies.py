@@ -56,6 +56,7 @@ class Replies:
         self._client = partition.client
         self._waiting: dict[tuple[str, str], asyncio.Future[AgentMessage]] = {}
         self._unclaimed: dict[tuple[str, str], bytes] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.started = -1
         sessions = Filter("generations", url)
         if url.endswith("*"):
@@ -80,6 +81,8 @@ class Replies:
         """Hear no more; whoever waits gets `UnavailableError`."""
         for subscription in self._subscriptions:
             self._client.feed.unsubscribe(subscription)
+        for task in self._tasks:
+            task.cancel()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(
@@ -140,15 +143,32 @@ class Replies:
             reply = self._unclaimed.pop((change.session, f"{ended.id}:reply"), None)
             for message_id in ended.message_ids:
                 waiting = self._waiting.get((change.session, message_id))
-                if waiting is not None and not waiting.done():
+                if waiting is None or waiting.done():
+                    continue
+                if reply is None and ended.status == "completed":
+                    # The reply is of the same commit, but the ends may be told first.
+                    self._look_up_later(change.session, message_id)
+                else:
                     _settle(waiting, ended, reply)
 
     def _start_anew(self, _rows: Sequence[FoundRow], _revision: int) -> None:
         # Ends were missed: whoever waits must look into the store.
-        loop = asyncio.get_running_loop()
         for session, message_id in list(self._waiting):
-            task = loop.create_task(self.look_up(session, message_id))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._look_up_later(session, message_id)
+
+    def _look_up_later(self, session: str, message_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._look_up_or_fail(session, message_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look_up_or_fail(self, session: str, message_id: str) -> None:
+        try:
+            await self.look_up(session, message_id)
+        except AidbError as error:
+            waiting = self._waiting.get((session, message_id))
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()
 
 
 def _settle(waiting: asyncio.Future[AgentMessage], ended: _Ended, reply: bytes | None) -> None:

@@ -11,9 +11,9 @@ import inspect
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -22,18 +22,31 @@ from pydantic import BaseModel
 from aidb_ray.agents import cycle as machine
 from aidb_ray.agents.cycle import Cycle, End, Limits, RoundFailed, RoundFinished
 from aidb_ray.agents.definition import AgentDefinition
-from aidb_ray.agents.session import SessionState, args_text
-from aidb_ray.chunks import FLUSH_CHUNKS, ChunkBuffer, ChunkFlusher
-from aidb_ray.contracts import (
-    AgentMessage,
-    Generation,
-    GenerationStatus,
-    ToolCall,
-    ToolCallStatus,
-    Usage,
-    utc_now,
+from aidb_ray.agents.rows import (
+    GenerationRow,
+    MessageRow,
+    ToolCallRow,
+    UsageRow,
+    encode_row,
+    now_text,
+    random_id,
+    time_text,
 )
-from aidb_ray.errors import ConflictError, FencedError, ModelError, ToolError
+from aidb_ray.agents.session import SessionState, args_text
+from aidb_ray.chunks import FLUSH_CHUNKS, ChunkBuffer, ChunkFlusher, Ending
+from aidb_ray.contracts import AgentMessage, ToolCallStatus
+from aidb_ray.errors import (
+    ConflictError,
+    ContractError,
+    FencedError,
+    KeyMissingError,
+    ModelError,
+    RowError,
+    RunCancelledError,
+    StorageError,
+    ToolError,
+    UnavailableError,
+)
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import parse_output, unknown_tool
@@ -41,7 +54,7 @@ from aidb_ray.models.events import EventEncoder
 from aidb_ray.models.round import Round
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Tool, ToolContext
-from aidb_ray.store.changes import Append, Insert, Mutation, Runner, Update
+from aidb_ray.store.changes import CHUNKS, Append, Insert, Mutation, Runner, Update
 from aidb_ray.store.collection import Group, current_group
 from aidb_ray.store.columns import EMPTY
 from aidb_ray.store.rows import codec_of
@@ -57,14 +70,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RUNNING_TOOLS = 16
+_CLOSES: Mapping[machine.Ending, Ending] = {
+    "completed": "finished",
+    "failed": "raised",
+    "cancelled": "cancelled",
+}
 
 _message_codec = codec_of(AgentMessage, "id")
-_generation_codec = codec_of(Generation, "id")
-_call_codec = codec_of(ToolCall, "id")
-
-
-class Parked(Exception):  # noqa: N818  Not an error: it says what becomes of the session.
-    """The session waits for a person to decide about tool calls."""
 
 
 @dataclass(slots=True)
@@ -121,81 +133,132 @@ class GenerationRun:
         self._pending = list(pending)
         self._pending_rows = list(pending_rows)
         self._cycle: Cycle
-        self._generation: Generation
+        self._generation: GenerationRow
         self._buffer: ChunkBuffer
         self._encoder = EventEncoder()
         self._reply: Any = None
+        self._sent: asyncio.Future[int] | None = None
+        self._unsent: tuple[Append, ChunkColumns] | None = None
+        # The task that runs it, while it may be stopped there.
+        self._stoppable: asyncio.Task[Any] | None = None
         self.signal = Signal()
         limits = self._definition
         self._limits = Limits(limits.max_iterations, limits.retry, limits.usage_limits)
 
-    async def run(self) -> None:
-        """Run until the generation has ended.
+    @property
+    def answered(self) -> Sequence[str]:
+        """Keys of the rows that the generation answers; known once it has begun."""
+        return self._pending
 
-        Cancelled with `signal` aborted first, it writes that it was cancelled; cancelled without,
-        it stops where it is, and a later run goes on from the rows.
+    async def run(self) -> bool:
+        """Run until the generation has ended; False if a person must decide before it goes on.
+
+        If the task is cancelled it stops where it is, and a later run goes on from the rows.
 
         Raises:
             FencedError: another runner has the session.
-            Parked: a person must decide first.
         """
         command = await self._begin()
+        if isinstance(command, machine.Park):
+            logger.warning("tool calls in doubt wait for a person: %s", ", ".join(command.keys))
+            return False
         try:
-            async with asyncio.timeout(_seconds(self._definition.run_timeout_ms)):
-                await self._follow(command)
+            await self._end(*await self._decide(command))
+        except asyncio.CancelledError:
+            # What is on its way will be applied: whoever goes on with the rows must see it.
+            await self._settled()
+            raise
+        finally:
+            self._shard.flusher.discard(self._buffer)
+        return True
+
+    def cancel(self, reason: str) -> None:
+        """Have the generation end as cancelled, unless its end is being written already."""
+        self.signal.abort(reason)
+        task, self._stoppable = self._stoppable, None
+        if task is not None:
+            task.cancel()
+
+    async def _decide(self, command: machine.Command) -> tuple[End, list[Intent]]:
+        """Run up to the end, and return it with what `on_response` writes."""
+        limit = self._definition.run_timeout_ms
+        task = self._stoppable = asyncio.current_task()
+        assert task is not None
+        intents: list[Intent] = []
+        try:
+            async with asyncio.timeout(_seconds(limit)) as bound:
+                end = await self._follow(command)
+                if end.ending == "completed":
+                    intents = await self._respond()
         except asyncio.CancelledError:
             if not self.signal.is_aborted:
                 raise
-            await self._end(End("cancelled", error=self.signal.reason))
+            task.uncancel()
         except TimeoutError:
+            if not bound.expired():
+                raise
             self.signal.abort("run timeout")
-            limit = self._definition.run_timeout_ms
-            await self._end(End("failed", error=f"It took over {limit} ms.", code="run_timeout"))
+            return End("failed", error=f"It took over {limit} ms.", code="run_timeout"), []
+        except ContractError as error:
+            return End("failed", error=str(error), code=error.code), []
+        except _ResponseFailed as failed:
+            return End("failed", error=str(failed), code="agent_error"), []
+        else:
+            if not self.signal.is_aborted:
+                return end, intents
         finally:
-            self._shard.flusher.discard(self._buffer)
+            self._stoppable = None
+        return End("cancelled", error=self.signal.reason), []
 
     async def _begin(self) -> machine.Command:
         shard, state = self._shard, self._state
-        found = state.open_generation()
+        is_raw = self._definition.pending_work is not None
+        is_grouped = self._definition.session is not None
+        found = state.open_generation(self._pending if is_grouped else None)
         if found is None:
-            # The id tells the session's runs apart and says where it belongs in any log.
-            generation = Generation(
-                id=_new_generation_id(),
-                agent=self._definition.name,
-                status=GenerationStatus.RUNNING,
+            now = now_text()
+            generation = GenerationRow(
+                random_id(),
+                self._definition.name,
                 message_ids=self._pending,
+                created_at=now,
+                updated_at=now,
             )
             self._cycle = Cycle(generation.id)
             command: machine.Command = machine.AskModel()
             next_index = 0
-            mutation: Mutation = self._insert("generations", _generation_codec, generation)
+            mutation: Mutation = self._insert("generations", generation.id, generation)
         else:
-            self._pending = [key for key in found.message_ids if self._is_here(key)]
             calls = state.calls_of(found.id)
             self._cycle, command = machine.resume(found, calls, self._definition.on_in_doubt)
+            if not is_raw:
+                self._pending = [key for key in found.message_ids if state.is_waiting(key)]
+            if not self._pending:
+                command = End("cancelled", error="Nobody waits for it any more.")
+            if isinstance(command, machine.Park) and not self.signal.is_aborted:
+                return command
             page = await shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
-            generation = found.model_copy(
-                update={"attempt": self._cycle.attempt, "updated_at": utc_now()}
+            generation = msgspec.structs.replace(
+                found,
+                message_ids=self._pending if is_raw else found.message_ids,
+                attempt=self._cycle.attempt,
+                updated_at=now_text(),
             )
-            mutation = self._update("generations", _generation_codec, generation)
+            mutation = self._update("generations", generation)
         self._keep(generation)
         self._buffer = ChunkBuffer(
             self._session, generation.id, next_index=next_index, attempt=self._cycle.attempt
         )
         self._buffer.begin_attempt()
-        shard.flusher.open(self._buffer, shard.runner)
         # The model may be called before this is durable: commits of one client keep their order,
         # so if this one is refused, so is what follows.
-        started = self._commit([mutation])
-        started.add_done_callback(_retrieve)
+        self._send([mutation]).add_done_callback(_retrieve)
+        shard.flusher.open(self._buffer, shard.runner)
         return command
 
-    def _is_here(self, key: str) -> bool:
-        return self._definition.pending_work is not None or key in self._state.messages
-
-    async def _follow(self, command: machine.Command) -> None:
-        while True:
+    async def _follow(self, command: machine.Command) -> End:
+        while not self.signal.is_aborted:
             match command:
                 case machine.AskModel(pause_ms):
                     if pause_ms:
@@ -207,14 +270,12 @@ class GenerationRun:
                     event = await self._run_calls(await self._write_again(keys))
                 case machine.AnswerInDoubt(keys):
                     event = await self._answer_in_doubt(keys)
-                case machine.Park(keys):
-                    raise Parked(f"{', '.join(keys)} were running when the process died")
                 case End():
-                    await self._end(command)
-                    return
-                case None:
+                    return command
+                case machine.Park() | None:
                     raise AssertionError(self._cycle)
             self._cycle, command = machine.advance(self._cycle, event, self._limits)
+        return End("cancelled", error=self.signal.reason)
 
     # The model.
 
@@ -235,11 +296,15 @@ class GenerationRun:
                 error.retry_after_ms,
                 random.random(),  # noqa: S311  Jitter, no secret.
             )
-        except TimeoutError:
-            limit = self._definition.idle_timeout_ms
-            return RoundFailed(
-                f"The model was silent for {limit} ms.", "idle_timeout", is_retryable=True
-            )
+        except RunCancelledError as error:
+            return machine.Cancelled(error.reason)
+        except Exception as error:
+            if _is_of_store(error):
+                raise
+            # A mistake in the user's functions or in the adapter: asking again would only repeat
+            # it, and whoever waits for the reply should hear of it.
+            logger.exception("a model round failed", extra={"session": self._session})
+            return RoundFailed(_words(error), "agent_error", is_retryable=False)
 
     async def _stream_round(self) -> machine.Event:
         definition = self._definition
@@ -253,8 +318,6 @@ class GenerationRun:
             output_schema=definition.output_schema,
         )
         heard = await self._record(events)
-        if heard.error is not None:
-            raise ModelError(heard.error, retryable=True, code="run_error")
         if not heard.is_finished:
             raise ModelError("The model's stream broke off.", retryable=True, code="truncated")
         if definition.output_schema is not None and not heard.tool_calls:
@@ -276,7 +339,9 @@ class GenerationRun:
         if self._definition.pending_work is not None:
             return self._pending_rows
         messages = self._state.messages
-        return [_message_codec.decode(messages[key].value) for key in self._pending]
+        return [
+            _message_codec.decode(messages[key].value) for key in self._pending if key in messages
+        ]
 
     def _context(self, messages: list[ModelMessage]) -> GenerateContext:
         from aidb_ray.database import Session
@@ -298,23 +363,19 @@ class GenerationRun:
         buffer, flusher = self._buffer, self._shard.flusher
         encode = self._encoder.encode
         take_in, add = heard.add, buffer.add
-        idle_s = self._definition.idle_timeout_ms / 1000
-        now = asyncio.get_running_loop().time
         async with (
             aclosing(cast("Any", events)) as open_events,
-            asyncio.timeout(idle_s) as silence,
+            _silence_limit(self._definition.idle_timeout_ms, buffer),
         ):
-            # Moving the timeout costs more than an event does, so it moves now and then.
-            next_move = now() + idle_s / 8
+            count = 0
             async for event in open_events:
                 take_in(event)
                 add(*encode(event))
-                if len(buffer) >= FLUSH_CHUNKS:
+                count += 1
+                if count >= FLUSH_CHUNKS:
+                    count = 0
                     flusher.check(buffer)
                     flusher.flush(buffer)
-                if now() > next_move:
-                    silence.reschedule(now() + idle_s)
-                    next_move = now() + idle_s / 8
         return heard
 
     async def _generate(self) -> machine.Event:
@@ -323,10 +384,9 @@ class GenerationRun:
         messages: list[ModelMessage] = []
         if definition.build_messages is not None or definition.pending_work is None:
             messages = await self._messages()
-        async with asyncio.timeout(_seconds(definition.run_timeout_ms)):
-            result = definition.generate(self._context(messages))
-            if inspect.isawaitable(result):
-                result = await result
+        result = definition.generate(self._context(messages))
+        if inspect.isawaitable(result):
+            result = await result
         usage: ModelUsage | None = None
         if hasattr(result, "__aiter__"):
             heard = await self._record(_as_events(result))
@@ -337,56 +397,61 @@ class GenerationRun:
 
     # Tool calls.
 
-    async def _write_calls(self, requests: Sequence[Any], keys: Sequence[str]) -> list[ToolCall]:
-        now = utc_now()
+    async def _write_calls(self, requests: Sequence[Any], keys: Sequence[str]) -> list[ToolCallRow]:
+        now = now_text()
         number = self._cycle.round
         calls = [
-            ToolCall(
-                id=key,
-                generation_id=self._generation.id,
-                name=request.name,
-                args=_parse_args(request.args_json),
-                status=ToolCallStatus.EXECUTING,
-                agent=self._definition.name,
-                round=number,
-                model_call_id=request.id,
-                attempt=1,
+            ToolCallRow(
+                key,
+                self._generation.id,
+                request.name,
+                _parse_args(request.args_json),
+                ToolCallStatus.EXECUTING.value,
+                self._definition.name,
+                number,
+                request.id,
+                1,
                 created_at=now,
                 updated_at=now,
             )
             for request, key in zip(requests, keys, strict=True)
         ]
-        generation = self._generation.model_copy(
-            update={
-                "rounds": list(self._cycle.rounds),
-                "usage": _to_usage(self._cycle.usage),
-                "updated_at": now,
-            }
+        generation = msgspec.structs.replace(
+            self._generation,
+            rounds=list(self._cycle.rounds),
+            usage=_to_usage(self._cycle.usage),
+            updated_at=now,
         )
-        mutations = [self._insert("tool_calls", _call_codec, call) for call in calls]
-        mutations.append(self._update("generations", _generation_codec, generation))
-        await self._commit_with_chunks(mutations)
-        self._keep(generation)
-        for call in calls:
-            self._state.put_call(call)
+        mutations: list[Mutation] = [self._insert("tool_calls", call.id, call) for call in calls]
+        mutations.append(self._update("generations", generation))
+
+        def know(_revision: int) -> None:
+            self._keep(generation)
+            self._know_calls(calls)
+
+        self._shard.flusher.check(self._buffer)
+        append, columns = self._take() or (None, EMPTY)
+        await self._write(mutations if append is None else [append, *mutations], columns, know)
         return calls
 
-    async def _write_again(self, keys: Sequence[str]) -> list[ToolCall]:
+    def _know_calls(self, calls: Sequence[ToolCallRow]) -> None:
+        for call in calls:
+            self._state.put_call(call)
+
+    async def _write_again(self, keys: Sequence[str]) -> list[ToolCallRow]:
         known = self._state.calls[self._generation.id]
         calls = [
-            known[key].model_copy(
-                update={
-                    "status": ToolCallStatus.EXECUTING,
-                    "attempt": known[key].attempt + 1,
-                    "updated_at": utc_now(),
-                }
+            msgspec.structs.replace(
+                known[key],
+                status=ToolCallStatus.EXECUTING.value,
+                attempt=known[key].attempt + 1,
+                updated_at=now_text(),
             )
             for key in keys
         ]
         # Durable before the tool runs, or the attempts could not be counted.
-        await self._commit([self._update("tool_calls", _call_codec, call) for call in calls])
-        for call in calls:
-            self._state.put_call(call)
+        updates = [self._update("tool_calls", call) for call in calls]
+        await self._write(updates, EMPTY, lambda _: self._know_calls(calls))
         return calls
 
     async def _answer_in_doubt(self, keys: Sequence[str]) -> machine.Event:
@@ -402,13 +467,13 @@ class GenerationRun:
         assert event is not None
         return event
 
-    async def _run_calls(self, calls: Sequence[ToolCall]) -> machine.Event:
+    async def _run_calls(self, calls: Sequence[ToolCallRow]) -> machine.Event:
         if len(calls) == 1:
             await self._run_call(calls[0])
             return machine.CallFinished(calls[0].id)
         slots = asyncio.Semaphore(MAX_RUNNING_TOOLS)
 
-        async def run(call: ToolCall) -> None:
+        async def run(call: ToolCallRow) -> None:
             async with slots:
                 await self._run_call(call)
 
@@ -431,7 +496,7 @@ class GenerationRun:
             assert command is None, command
         return machine.CallFinished(key)
 
-    async def _run_call(self, call: ToolCall) -> None:
+    async def _run_call(self, call: ToolCallRow) -> None:
         self._shard.running += 1
         try:
             tool = self._shard.tools.get(call.name)
@@ -456,53 +521,92 @@ class GenerationRun:
 
         return Session(self._shard.database, self._session)
 
-    async def _finish_call(self, call: ToolCall, result: Any, error: ToolError | None) -> None:
-        finished = call.model_copy(
-            update={
-                "status": ToolCallStatus.FAILED if error else ToolCallStatus.COMPLETED,
-                "result": result,
-                "error": None if error is None else str(error),
-                "error_code": None if error is None else error.code,
-                "updated_at": utc_now(),
-            }
+    async def _finish_call(self, call: ToolCallRow, result: Any, error: ToolError | None) -> None:
+        status = ToolCallStatus.COMPLETED if error is None else ToolCallStatus.FAILED
+        finished = msgspec.structs.replace(
+            call,
+            status=status.value,
+            result=result,
+            error=None if error is None else str(error),
+            error_code=None if error is None else error.code,
+            updated_at=now_text(),
         )
-        await self._commit([self._update("tool_calls", _call_codec, finished)])
-        self._state.put_call(finished)
+        update = self._update("tool_calls", finished)
+        await self._write([update], EMPTY, lambda _: self._state.put_call(finished))
 
     # The end.
 
-    async def _end(self, end: End) -> None:
-        now = utc_now()
-        generation = self._generation.model_copy(
-            update={
-                "status": GenerationStatus(end.ending),
-                "usage": _to_usage(self._cycle.usage),
-                "error": end.error or None if end.ending != "completed" else None,
-                "error_code": end.code or None,
-                "updated_at": now,
-            }
-        )
-        mutations: list[Mutation] = []
-        if end.ending == "completed" and self._definition.pending_work is None:
-            mutations.append(self._insert("messages", _message_codec, self._reply_row(end, now)))
-        if end.ending == "cancelled":
-            mutations += [
-                self._update("tool_calls", _call_codec, call) for call in self._cancelled_calls(now)
-            ]
-        mutations.append(self._update("generations", _generation_codec, generation))
-        intents = await self._respond() if end.ending == "completed" else []
-        await self._commit_end(mutations, intents, end)
-        self._keep(generation)
+    async def _end(self, end: End, intents: Sequence[Intent]) -> None:
+        self._shard.flusher.close(self._buffer)
+        try:
+            await self._commit_end(end, intents)
+        except (RowError, ConflictError) as error:
+            if end.ending != "completed" or _is_of_store(error):
+                raise
+            words = f"The answer cannot be stored: {error}"
+            await self._commit_end(End("failed", error=words, code=error.code), [])
 
-    def _cancelled_calls(self, now: datetime) -> list[ToolCall]:
+    async def _commit_end(self, end: End, intents: Sequence[Intent]) -> None:
+        """Write the end of stream and generation, the reply, and what `on_response` wrote."""
+        taken = self._take(_CLOSES[end.ending])
+        assert taken is not None
+        append, columns = taken
+        for attempt in range(MAX_REMAKES + 1):
+            generation, rows = self._ending_rows(end)
+            messages = [row for row in rows if row.collection == "messages"]
+
+            def know(
+                revision: int,
+                generation: GenerationRow = generation,
+                messages: Sequence[Insert | Update] = messages,
+            ) -> None:
+                self._keep(generation)
+                for row in messages:
+                    self._state.put_message(row.key, revision, row.value)
+
+            try:
+                made = await make_mutations(self._shard.client, self._session, intents)
+                await self._write([append, *rows, *made], columns, know)
+            except (ConflictError, KeyMissingError) as error:
+                # A message changed or went meanwhile, or a row that `on_response` patches.
+                if attempt == MAX_REMAKES or error.code not in ("conflict", "not_found"):
+                    raise
+                await self._read_messages_again()
+            else:
+                return
+
+    def _ending_rows(self, end: End) -> tuple[GenerationRow, list[Insert | Update]]:
+        now = now_text()
+        generation = msgspec.structs.replace(
+            self._generation,
+            status=end.ending,
+            usage=_to_usage(self._cycle.usage),
+            error=end.error or None if end.ending != "completed" else None,
+            error_code=end.code or None,
+            updated_at=now,
+        )
+        rows: list[Insert | Update] = []
+        if end.ending != "completed":
+            rows += [self._update("tool_calls", call) for call in self._cancelled_calls(now)]
+        elif self._definition.pending_work is None:
+            reply = self._reply_row(end, now)
+            rows.append(self._insert("messages", reply.id, reply))
+        rows.append(self._update("generations", generation))
+        return generation, rows + self._answered()
+
+    def _cancelled_calls(self, now: str) -> list[ToolCallRow]:
         return [
-            call.model_copy(update={"status": ToolCallStatus.CANCELLED, "updated_at": now})
+            msgspec.structs.replace(call, status=ToolCallStatus.CANCELLED.value, updated_at=now)
             for call in self._state.calls_of(self._generation.id)
-            if not call.status.is_terminal
+            if not call.is_terminal
         ]
 
     async def _respond(self) -> list[Intent]:
-        """Call `on_response`; what it writes in this session is part of the round's end."""
+        """Call `on_response`; what it writes in this session is part of the round's end.
+
+        Raises:
+            _ResponseFailed: it raised; nothing of it is written.
+        """
         on_response = self._definition.on_response
         if on_response is None:
             return []
@@ -512,36 +616,20 @@ class GenerationRun:
             result = on_response(self._reply, self._rows_to_answer())
             if inspect.isawaitable(result):
                 await result
+        except Exception as error:
+            if _is_of_store(error):
+                raise
+            logger.exception("on_response failed", extra={"session": self._session})
+            raise _ResponseFailed(_words(error)) from error
         finally:
             current_group.reset(token)
         return group.intents
 
-    async def _commit_end(self, mutations: list[Mutation], intents: list[Intent], end: End) -> None:
-        ending = {"completed": "finished", "failed": "raised", "cancelled": "cancelled"}
-        self._shard.flusher.close(self._buffer)
-        taken = self._buffer.take(cast("Any", ending[end.ending]))
-        assert taken is not None
-        append, columns = taken
-        for attempt in range(MAX_REMAKES + 1):
-            answered = self._answered()
-            made = await make_mutations(self._shard.client, self._session, intents)
-            try:
-                revision = await self._commit([append, *mutations, *answered, *made], columns)
-            except ConflictError as error:
-                if error.collection == "chunks" or attempt == MAX_REMAKES:
-                    raise
-                await self._read_messages_again()
-            else:
-                for each in [*mutations, *answered]:
-                    if isinstance(each, Insert | Update) and each.collection == "messages":
-                        self._state.put_message(each.key, revision, each.value)
-                return
-
-    def _answered(self) -> list[Mutation]:
+    def _answered(self) -> list[Insert | Update]:
         """Return the updates that stamp the answered messages."""
         if self._definition.pending_work is not None:
             return []
-        updates: list[Mutation] = []
+        updates: list[Insert | Update] = []
         for key in self._pending:
             known = self._state.messages.get(key)
             if known is None:
@@ -555,24 +643,27 @@ class GenerationRun:
 
     async def _read_messages_again(self) -> None:
         read = await self._shard.client.read_session(self._session, ("messages",))
-        for row in read.rows["messages"]:
+        rows = {row.key: row for row in read.rows["messages"]}
+        for key in [key for key in self._pending if key not in rows]:
+            self._state.put_message(key, read.revision, None)
+        for row in rows.values():
             self._state.put_message(row.key, row.revision, row.value)
 
-    def _reply_row(self, end: End, now: datetime) -> AgentMessage:
-        newest = [self._state.messages[key].message for key in self._pending]
-        newest.sort(key=lambda message: message.created_at)
-        last = newest[-1] if newest else None
-        if last is not None:
+    def _reply_row(self, end: End, now: str) -> MessageRow:
+        messages = self._state.messages
+        asked = [messages[key].message for key in self._pending if key in messages]
+        last = max(asked, key=lambda message: message.created_at, default=None)
+        if last is not None and last.created_at >= now:
             # After what it answers, whatever the clocks of those who wrote say.
-            answered_at = datetime.fromisoformat(last.created_at)
-            now = max(now, answered_at.astimezone(UTC) + timedelta(microseconds=1))
-        return AgentMessage(
-            id=f"{self._generation.id}:reply",
-            role="assistant",
-            actor_id=self._definition.name,
-            target_agent=last.actor_id if last is not None else "",
-            content=end.text,
-            created_at=now,
+            asked_at = datetime.fromisoformat(last.created_at)
+            now = time_text(asked_at + timedelta(microseconds=1))
+        return MessageRow(
+            f"{self._generation.id}:reply",
+            "assistant",
+            self._definition.name,
+            last.actor_id if last is not None else "",
+            end.text,
+            now,
             processed=True,
             generation_id=self._generation.id,
             in_reply_to=last.id if last is not None else None,
@@ -580,39 +671,102 @@ class GenerationRun:
 
     # Writing.
 
-    def _commit(
+    async def _write(
+        self, mutations: Sequence[Mutation], columns: ChunkColumns, know: Callable[[int], None]
+    ) -> None:
+        """Make a commit; once it is durable, `know` takes it into what this process knows.
+
+        Whoever is cancelled waits for the outcome: the store knows of it, so must the state.
+        """
+        sent = self._send(mutations, columns)
+        try:
+            revision = await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            await asyncio.wait([sent])
+            if sent.exception() is None:
+                self._unsent = None
+                know(sent.result())
+            raise
+        self._unsent = None
+        know(revision)
+
+    def _send(
         self, mutations: Sequence[Mutation], columns: ChunkColumns = EMPTY
     ) -> asyncio.Future[int]:
         shard = self._shard
-        return shard.client.commit(mutations, chunks=columns, runner=shard.runner)
+        self._sent = shard.client.commit(mutations, chunks=columns, runner=shard.runner)
+        return self._sent
 
-    async def _commit_with_chunks(self, mutations: Sequence[Mutation]) -> None:
-        self._shard.flusher.check(self._buffer)
-        taken = self._buffer.take()
-        if taken is None:
-            await self._commit(mutations)
-        else:
-            first: Append = taken[0]
-            await self._commit([first, *mutations], taken[1])
+    async def _settled(self) -> None:
+        """Wait until all that was sent has its outcome."""
+        sent = [self._sent, self._shard.flusher.sent(self._buffer)]
+        waiting = [each for each in sent if each is not None and not each.done()]
+        if waiting:
+            await asyncio.wait(waiting)
 
-    def _insert(self, collection: str, codec: Any, row: BaseModel) -> Insert:
-        key, value = codec.encode(collection, row)
-        return Insert(self._session, collection, key, value)
+    def _take(self, ending: Ending | None = None) -> tuple[Append, ChunkColumns] | None:
+        """Return the chunks for the next commit; those of one that was refused come again."""
+        if self._unsent is None:
+            self._unsent = self._buffer.take(ending)
+        elif ending is not None:
+            append, columns = self._unsent
+            self._unsent = msgspec.structs.replace(append, closes=ending), columns
+        return self._unsent
 
-    def _update(self, collection: str, codec: Any, row: BaseModel) -> Update:
+    def _insert(self, collection: str, key: str, row: Any) -> Insert:
+        return Insert(self._session, collection, key, encode_row(row))
+
+    def _update(self, collection: str, row: GenerationRow | ToolCallRow) -> Update:
         # Only this runner writes these rows while it holds the session, so any revision will do.
-        key, value = codec.encode(collection, row)
-        return Update(self._session, collection, key, value, 0)
+        return Update(self._session, collection, row.id, encode_row(row), 0)
 
-    def _keep(self, generation: Generation) -> None:
+    def _keep(self, generation: GenerationRow) -> None:
         self._generation = generation
         self._state.put_generation(generation)
 
 
-def _new_generation_id() -> str:
-    from uuid import uuid4
+class _ResponseFailed(Exception):  # noqa: N818  Says how the generation ends.
+    """`on_response` raised."""
 
-    return uuid4().hex
+
+def _is_of_store(error: Exception) -> bool:
+    """Whether it tells of the store and not of a mistake in the user's functions."""
+    if isinstance(error, ConflictError):
+        return error.collection == CHUNKS
+    return isinstance(error, UnavailableError | FencedError | StorageError)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@asynccontextmanager
+async def _silence_limit(limit_ms: int, buffer: ChunkBuffer) -> AsyncIterator[None]:
+    """Raise `TimeoutError` when the buffer gets no chunk for `limit_ms`, or an eighth longer.
+
+    It looks now and then: moving a timeout at every event would cost more than the event.
+    """
+    loop = asyncio.get_running_loop()
+    tick_s = limit_ms / 8000
+    seen, quiet_ticks = buffer.next_index, 0
+
+    def look() -> None:
+        nonlocal seen, quiet_ticks, timer
+        if buffer.next_index != seen:
+            seen, quiet_ticks = buffer.next_index, 0
+        else:
+            quiet_ticks += 1
+        if quiet_ticks > 8:
+            limit.reschedule(loop.time())
+        else:
+            timer = loop.call_later(tick_s, look)
+
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_later(tick_s, look)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _seconds(ms: int | None) -> float | None:
@@ -635,14 +789,9 @@ def _parse_args(text: str) -> Any:
         return text
 
 
-def _to_usage(usage: ModelUsage) -> Usage | None:
-    if not usage.input_tokens and not usage.output_tokens:
-        return None
-    return Usage(
-        input_tokens=usage.input_tokens,
-        output_tokens=usage.output_tokens,
-        total_tokens=usage.input_tokens + usage.output_tokens,
-    )
+def _to_usage(usage: ModelUsage) -> UsageRow | None:
+    read, written = usage.input_tokens, usage.output_tokens
+    return UsageRow(read, written, read + written) if read or written else None
 
 
 def _as_text(result: object) -> str:

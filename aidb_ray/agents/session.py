@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from aidb_ray.agents.definition import History
-from aidb_ray.contracts import Generation, ToolCall, ToolCallStatus
+from aidb_ray.agents.rows import (
+    GenerationRow,
+    MessageRow,
+    ToolCallRow,
+    decode_call,
+    decode_generation,
+    decode_message,
+)
+from aidb_ray.contracts import ToolCallStatus
 from aidb_ray.errors import ToolError
 from aidb_ray.models.base import ModelMessage, ToolCallRequest
 from aidb_ray.models.tools import encode_error, encode_result
 from aidb_ray.store.changes import FoundRow
 
+logger = logging.getLogger(__name__)
+
 COLLECTIONS = ("messages", "generations", "tool_calls")
-
-
-class Message(msgspec.Struct, rename="camel", gc=False):
-    """A row of `messages`, as far as running an agent needs it."""
-
-    id: str
-    role: str
-    actor_id: str
-    content: str
-    created_at: str
-    target_agent: str = ""
-    processed: bool = False
-    generation_id: str | None = None
-    not_before: str | None = None
 
 
 class KnownMessage(msgspec.Struct, gc=False):
@@ -36,15 +33,10 @@ class KnownMessage(msgspec.Struct, gc=False):
 
     revision: int
     value: bytes
-    message: Message
+    message: MessageRow
 
 
-_decode_message = msgspec.json.Decoder(Message).decode
-
-
-def decode_message(value: bytes) -> Message:
-    """Return a stored message."""
-    return _decode_message(value)
+_ROW_OVERHEAD = 300
 
 
 class SessionState:
@@ -62,24 +54,23 @@ class SessionState:
         self.revision = 0
         self.size = 0
         self.messages: dict[str, KnownMessage] = {}
-        self.generations: dict[str, Generation] = {}
-        self.calls: dict[str, dict[str, ToolCall]] = {}
+        self.generations: dict[str, GenerationRow] = {}
+        self.calls: dict[str, dict[str, ToolCallRow]] = {}
 
     def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
         """Take in all rows as of `revision`."""
         self.revision = revision
         held, self._held = self._held or [], None
         for row in rows["messages"]:
-            self.put_message(row.key, row.revision, row.value)
+            self._put_message(row.key, row.revision, row.value)
         for key, changed_at, value in held:
-            if changed_at > revision:
-                self.put_message(key, changed_at, value)
+            self.put_message(key, changed_at, value)
         for row in rows["generations"]:
-            generation = Generation.model_validate_json(row.value)
+            generation = decode_generation(row.value)
             if generation.agent == self._agent:
                 self.put_generation(generation)
         for row in rows["tool_calls"]:
-            call = ToolCall.model_validate_json(row.value)
+            call = decode_call(row.value)
             if call.generation_id in self.generations:
                 self.put_call(call)
 
@@ -87,40 +78,54 @@ class SessionState:
         """Take in one message as it is since `revision`; None is gone."""
         if self._held is not None:
             self._held.append((key, revision, value))
-            return
+        elif revision > self.revision:
+            self._put_message(key, revision, value)
+
+    def _put_message(self, key: str, revision: int, value: bytes | None) -> None:
         known = self.messages.get(key)
-        if revision <= self.revision and known is None and value is None:
-            return
         if known is not None:
             if known.revision >= revision:
                 return
-            self.size -= len(known.value)
+            self.size -= len(known.value) + _ROW_OVERHEAD
+            del self.messages[key]
         if value is None:
-            self.messages.pop(key, None)
             return
-        self.messages[key] = KnownMessage(revision, value, _decode_message(value))
-        self.size += len(value) + 300
+        try:
+            message = decode_message(value)
+        except msgspec.DecodeError:
+            # Not what agents call a message; one such row must not keep a session from working.
+            logger.warning("message %r cannot be read and is left out", key)
+            return
+        self.messages[key] = KnownMessage(revision, value, message)
+        self.size += len(value) + _ROW_OVERHEAD
 
-    def put_generation(self, generation: Generation) -> None:
+    def put_generation(self, generation: GenerationRow) -> None:
         """Take in a generation as it is now."""
         self.generations[generation.id] = generation
 
-    def put_call(self, call: ToolCall) -> None:
+    def put_call(self, call: ToolCallRow) -> None:
         """Take in a tool call as it is now."""
-        self.calls.setdefault(call.generation_id, {})[call.id] = call
-        self.size += 500
+        calls = self.calls.setdefault(call.generation_id, {})
+        known = calls.get(call.id)
+        self.size += _size_of(call) - (0 if known is None else _size_of(known))
+        calls[call.id] = call
 
-    def calls_of(self, generation_id: str) -> list[ToolCall]:
+    def calls_of(self, generation_id: str) -> list[ToolCallRow]:
         """Return the calls of a generation in the order they were asked for."""
         return sorted(
             self.calls.get(generation_id, {}).values(),
             key=lambda call: (call.round, _number(call.id)),
         )
 
-    def open_generation(self) -> Generation | None:
-        """Return the generation that has not ended, if there is one."""
+    def open_generation(self, answering: Collection[str] | None = None) -> GenerationRow | None:
+        """Return the generation that has not ended, if there is one.
+
+        With `answering`, one that answers any of these keys.
+        """
         for generation in self.generations.values():
-            if not generation.status.is_terminal:
+            if not generation.is_terminal and (
+                answering is None or not set(answering).isdisjoint(generation.message_ids)
+            ):
                 return generation
         return None
 
@@ -133,18 +138,18 @@ class SessionState:
         arrives while the agent talks belongs to the next turn.
         """
         waiting = set(pending)
-        placed: list[tuple[tuple[str, int, str, str], Message]] = []
+        placed: list[tuple[tuple[str, int, str, str], MessageRow]] = []
         replies = {
             known.message.generation_id: known.message.created_at
             for known in self.messages.values()
-            if known.message.actor_id == self._agent
+            if known.message.actor_id == self._agent and known.message.generation_id is not None
         }
         for key, known in self.messages.items():
             message = known.message
             if key in waiting or not self._concerns(message):
                 continue
             is_own = message.actor_id == self._agent
-            at = replies.get(message.generation_id, message.created_at)
+            at = replies.get(message.generation_id or "", message.created_at)
             placed.append(((at, int(is_own), message.created_at, key), message))
         placed.sort(key=lambda entry: entry[0])
         past: list[list[ModelMessage]] = [self._to_model(message) for _, message in placed]
@@ -155,10 +160,15 @@ class SessionState:
         kept = _newest_that_fit(past, history.max_tokens, asked)
         return [*kept, *asked, *self.rounds_of(generation_id)]
 
+    def is_waiting(self, key: str) -> bool:
+        """Whether a message is there and not answered yet."""
+        known = self.messages.get(key)
+        return known is not None and not known.message.processed
+
     def rounds_of(self, generation_id: str) -> list[ModelMessage]:
         """Return the finished rounds of a generation: what was said, and what tools answered."""
         generation = self.generations.get(generation_id)
-        if generation is None:
+        if generation is None or not generation.rounds:
             return []
         said: list[ModelMessage] = []
         calls = self.calls_of(generation_id)
@@ -175,15 +185,21 @@ class SessionState:
             ]
         return said
 
-    def _concerns(self, message: Message) -> bool:
+    def _concerns(self, message: MessageRow) -> bool:
         return message.target_agent in ("", self._agent) or message.actor_id == self._agent
 
-    def _to_model(self, message: Message) -> list[ModelMessage]:
+    def _to_model(self, message: MessageRow) -> list[ModelMessage]:
         if message.actor_id != self._agent:
             role = "user" if message.role == "assistant" else _role(message.role)
             return [ModelMessage(role, message.content)]
         rounds = self.rounds_of(message.generation_id) if message.generation_id else []
         return [*rounds, ModelMessage("assistant", message.content)]
+
+
+def _size_of(call: ToolCallRow) -> int:
+    # Results are JSON values; what they hold as text is most of what they weigh.
+    result = call.result
+    return 500 + (len(result) if isinstance(result, str | list | dict) else 0)
 
 
 def _role(role: str) -> Any:
@@ -200,12 +216,12 @@ def args_text(args: Any) -> str:
     return args if isinstance(args, str) else msgspec.json.encode(args).decode()
 
 
-def answer_text(call: ToolCall) -> str:
+def answer_text(call: ToolCallRow) -> str:
     """Return what the model is told about a call."""
-    if call.status is ToolCallStatus.COMPLETED:
+    if call.status == ToolCallStatus.COMPLETED:
         return encode_result(call.result)
-    code = call.error_code or call.status.value
-    return encode_error(ToolError(call.error or call.status.value, code=code))
+    code = call.error_code or call.status
+    return encode_error(ToolError(call.error or call.status, code=code))
 
 
 def _newest_that_fit(

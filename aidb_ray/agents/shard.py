@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Coroutine, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aidb_ray.agents.definition import AgentDefinition
-from aidb_ray.agents.run import GenerationRun, Parked, Shard
-from aidb_ray.agents.session import COLLECTIONS, SessionState, decode_message
+from aidb_ray.agents.rows import decode_message, now_ms, time_ms
+from aidb_ray.agents.run import GenerationRun, Shard
+from aidb_ray.agents.session import COLLECTIONS, SessionState
 from aidb_ray.chunks import ChunkFlusher
-from aidb_ray.contracts import CancelRequest, Generation, GenerationStatus
+from aidb_ray.contracts import CancelRequest, ToolCallStatus
 from aidb_ray.database import Database, Partition, set_current_database
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.errors import AidbError, FencedError, UnavailableError
@@ -33,8 +32,6 @@ from aidb_ray.store.changes import (
     ClaimBuckets,
     Filter,
     FoundRow,
-    Insert,
-    Mutation,
     Runner,
     Update,
 )
@@ -49,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 256 << 20
 FAILURE_PAUSE_MS = 1_000
-_decode_fields = msgspec.json.Decoder(dict[str, Any]).decode
+LONGEST_FAILURE_PAUSE_MS = 60_000
+_DECIDED = tuple(status.value for status in ToolCallStatus if status.is_terminal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +72,23 @@ class ShardStatus:
     fenced: bool = False
 
 
+@dataclass(slots=True)
+class _Worker:
+    """Who is at work in a session: its task, and the run once its rows are known."""
+
+    task: asyncio.Task[bool]
+    run: GenerationRun | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _CancelOrder:
+    """A cancel that is being carried out; it covers what was written before `revision`."""
+
+    reason: str
+    revision: int
+    is_done: bool = False
+
+
 class AgentActor:
     """Runs one shard of an agent. `__init__` only stores; `start` claims and begins."""
 
@@ -84,7 +99,6 @@ class AgentActor:
         self._low, self._high = shard_ranges(definition.shards)[shard]
         self._works: list[_PartitionWork] = []
         self._starting: asyncio.Task[None] | None = None
-        self._is_retiring = False
 
     async def start(self) -> None:
         """Claim the buckets, read what is pending, and begin.
@@ -95,21 +109,31 @@ class AgentActor:
         if self._starting is None:
             set_current_database(self._database)
             self._starting = asyncio.create_task(self._start())
-        await asyncio.shield(self._starting)
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except AidbError:
+            # The next call tries again: the store may be back by then.
+            if self._starting is starting:
+                self._starting = None
+            raise
 
     async def _start(self) -> None:
         definition = self._definition
-        source = definition.stream_url
-        for partition in self._database.sites_of(source):
-            epoch = await partition.client.commit(
-                [ClaimBuckets(definition.name, self._low, self._high)]
-            )
-            work = _PartitionWork(
-                self._database, partition, definition, (self._low, self._high), epoch
-            )
-            self._works.append(work)
-        for work in self._works:
-            await work.start()
+        works = self._works
+        try:
+            for partition in self._database.sites_of(definition.stream_url):
+                epoch = await partition.client.commit(
+                    [ClaimBuckets(definition.name, self._low, self._high)]
+                )
+                buckets = (self._low, self._high)
+                works.append(_PartitionWork(self._database, partition, definition, buckets, epoch))
+            for work in works:
+                await work.start()
+        except AidbError:
+            while works:
+                await works.pop().aclose()
+            raise
 
     async def ready(self) -> int:
         """Return the process id once the shard is at work."""
@@ -161,9 +185,8 @@ class AgentActor:
 
     async def retire(self, timeout_ms: int) -> None:
         """Begin nothing new, wait for what runs, and end."""
-        self._is_retiring = True
         for work in self._works:
-            work.is_open = False
+            work.is_retired = True
         try:
             async with asyncio.timeout(timeout_ms / 1000):
                 for work in self._works:
@@ -205,20 +228,37 @@ class _PartitionWork:
             Runner(definition.name, epoch),
             {tool.name: tool for tool in definition.tools},
         )
-        self.is_open = definition.autostart
-        self.is_fenced = False
+        self.is_retired = False
         self.cycles = 0
+        self._fenced: FencedError | None = None
+        self._drains = 0
         self._context = copy_context()
         self._states: dict[str, SessionState] = {}
         self._state_bytes = 0
-        self._pending_rows: dict[tuple[str, str], Any] = {}
+        # Of a `pending_work`: the group of each row and the row, and where a group's rows lie.
+        self._pending_rows: dict[tuple[str, str], tuple[str, Any]] = {}
         self._storage: dict[str, str] = {}
-        self._runs: dict[str, tuple[asyncio.Task[None], GenerationRun | None]] = {}
+        self._runs: dict[str, _Worker] = {}
+        self._cancels: dict[str, list[_CancelOrder]] = {}
+        self._cancelling: set[str] = set()
+        self._parked: set[str] = set()
+        self._failures: dict[str, int] = {}
         self._subscriptions: list[Subscription] = []
         self._view: View | None = None
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether another runner took over."""
+        return self._fenced is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether pending rows are taken up as they come."""
+        reacts = self._definition.autostart or self._drains > 0
+        return reacts and not self.is_retired and self._fenced is None
 
     # Hearing.
 
@@ -238,6 +278,16 @@ class _PartitionWork:
                 cancels, self._hear_cancels, self._see_cancels, snapshot=waiting
             )
         )
+        if definition.on_in_doubt == "park":
+            decided = msgspec.structs.replace(
+                self._filter("tool_calls"),
+                where=(("agent", (definition.name,)), ("status", _DECIDED)),
+            )
+            self._subscriptions.append(
+                self._client.feed.subscribe(
+                    decided, self._hear_decisions, self._see_decisions, snapshot=False
+                )
+            )
         for subscription in self._subscriptions:
             await asyncio.shield(subscription.ready)
         if self._view is not None:
@@ -263,17 +313,18 @@ class _PartitionWork:
 
     def _see_messages(self, rows: Sequence[FoundRow], _revision: int) -> None:
         # The rows as they are now, at first and after a gap: what is cached may be old.
-        self._forget_idle_states()
+        self._states.clear()
+        self._state_bytes = 0
         entries: list[tuple[str, str, int]] = []
         for row in rows:
             due_ms = self._due_ms(row.value)
             if due_ms is not None:
                 entries.append((row.session, row.key, due_ms))
-        self.queue.replace(entries, now_ms=_now_ms())
+        self.queue.replace(entries, now_ms=now_ms())
         self._dispatch()
 
     def _hear_messages(self, changes: Sequence[Change]) -> None:
-        now_ms = _now_ms()
+        now = now_ms()
         queue, states = self.queue, self._states
         for change in changes:
             session, key, value = change.session, change.key, change.value
@@ -284,7 +335,7 @@ class _PartitionWork:
             if due_ms is None:
                 queue.discard(session, key)
             else:
-                queue.put(session, key, not_before_ms=due_ms, now_ms=now_ms)
+                queue.put(session, key, not_before_ms=due_ms, now_ms=now)
         self._dispatch()
 
     def _due_ms(self, value: bytes) -> int | None:
@@ -296,7 +347,7 @@ class _PartitionWork:
             return None
         if message.processed or message.target_agent != self._definition.name:
             return None
-        return _time_ms(message.not_before)
+        return time_ms(message.not_before)
 
     def _follow_query(self) -> None:
         query = self._definition.pending_work
@@ -319,49 +370,72 @@ class _PartitionWork:
         query = self._definition.pending_work
         assert query is not None
         for delta in self._pipeline.advance(to_changes(query.sources[0][0], events)):
-            storage, key = delta.key
-            place = (storage, key)
-            if delta.op == "exit":
-                group = self._group_of(delta.row, storage)
-                self._pending_rows.pop(place, None)
-                self.queue.discard(group, key)
-            else:
-                group = self._group_of(delta.row, storage)
-                self._pending_rows[place] = delta.row
+            place = storage, key = delta.key
+            known = self._pending_rows.pop(place, None)
+            group = None if delta.op == "exit" else self._group_of(delta.row, storage)
+            if known is not None and known[0] != group:
+                self.queue.discard(known[0], key)
+            if group is not None:
+                self._pending_rows[place] = (group, delta.row)
                 self._storage[group] = storage
                 self.queue.put(group, key)
         self._dispatch()
 
-    def _group_of(self, row: Any, storage: str) -> str:
+    def _group_of(self, row: Any, storage: str) -> str | None:
+        """Return which rows are answered one after the other, and together if several wait."""
         by = self._definition.session
         if by is None:
             return storage
-        group = by(row)
-        return group if isinstance(group, str) else str(group)
+        try:
+            group = str(by(row))
+        except Exception:
+            logger.exception("`session` failed; the row is left alone", extra={"session": storage})
+            return None
+        # Rows of two sessions are never answered together.
+        return group if self._storage.get(group, storage) == storage else f"{group} in {storage}"
 
     def _see_cancels(self, rows: Sequence[FoundRow], _revision: int) -> None:
         for row in rows:
-            self._cancel(row.session, row.value)
+            self._cancel(row.session, row.value, row.revision)
 
     def _hear_cancels(self, changes: Sequence[Change]) -> None:
         for change in changes:
             if change.value is not None:
-                self._cancel(change.session, change.value)
+                self._cancel(change.session, change.value, change.revision)
 
-    def _cancel(self, session: str, value: bytes) -> None:
+    def _cancel(self, storage: str, value: bytes, revision: int) -> None:
         request = CancelRequest.model_validate_json(value)
-        if request.agent == self._definition.name and not request.done:
-            self._spawn(self._carry_out_cancel(session, request))
+        is_mine = request.agent == self._definition.name and not request.done
+        if is_mine and request.id not in self._cancelling:
+            self._cancelling.add(request.id)
+            self._spawn(self._carry_out_cancel(storage, request, revision))
+
+    def _hear_decisions(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            self._unpark(change.session)
+        self._dispatch()
+
+    def _see_decisions(self, _rows: Sequence[FoundRow], _revision: int) -> None:
+        for session in list(self._parked):
+            self._unpark(session)
+        self._dispatch()
+
+    def _unpark(self, session: str) -> None:
+        if session in self._parked:
+            self._parked.discard(session)
+            self._forget(session)
+            self.queue.wake(session, now_ms=now_ms())
 
     # Working.
 
     def _dispatch(self) -> None:
         self._changed.set()
-        if not self.is_open or self.is_fenced:
+        if self.is_retired or self._fenced is not None:
             return
-        now_ms = _now_ms()
-        while (session := self.queue.take(now_ms=now_ms)) is not None:
-            self._begin(session)
+        if self.is_open:
+            now = now_ms()
+            while (session := self.queue.take(now_ms=now)) is not None:
+                self._begin(session)
         due_ms = self.queue.next_due_ms()
         if due_ms is not None:
             self._wake_at(due_ms)
@@ -369,70 +443,135 @@ class _PartitionWork:
     def _wake_at(self, due_ms: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay = min(max(due_ms - _now_ms(), 1), 60_000) / 1000
+        delay = min(max(due_ms - now_ms(), 1), 60_000) / 1000
         self._timer = asyncio.get_running_loop().call_later(delay, self._dispatch)
 
-    def _begin(self, session: str) -> asyncio.Task[None]:
+    def _begin(self, session: str) -> asyncio.Task[bool]:
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._work(session), context=self._context.copy())
-        self._runs[session] = (task, None)
+        self._runs[session] = _Worker(task)
         return task
 
-    async def _work(self, session: str) -> None:
-        """Answer what is pending in one session with one generation."""
+    async def _work(self, session: str) -> bool:
+        """Answer what is pending in one session with one generation; False if it did not go."""
         try:
             await self._run_generation(session)
-        except FencedError:
-            logger.warning("another runner has the session", extra={"session": session})
-            self._stop_when_fenced()
-        except Parked as parked:
-            logger.warning("a session waits for a person: %s", parked, extra={"session": session})
-            self.queue.delay(session, until_ms=_now_ms() + (1 << 50))
+        except FencedError as error:
+            self._stop_when_fenced(error)
+        except asyncio.CancelledError:
+            self._forget(session)
+            raise
         except UnavailableError:
             logger.exception("the store does not answer; the session is tried again")
-            self.queue.delay(session, until_ms=_now_ms() + FAILURE_PAUSE_MS)
-            self._forget(session)
+            self._rest(session)
         except Exception:
-            # A mistake in the user's functions, or in ours: the rows stay, others go on.
+            # Something that was not foreseen: the rows stay, others go on.
             logger.exception("a generation could not be run", extra={"session": session})
-            self.queue.delay(session, until_ms=_now_ms() + FAILURE_PAUSE_MS)
-            self._forget(session)
+            self._rest(session)
         else:
-            self.cycles += 1
+            self._failures.pop(session, None)
+            return True
         finally:
-            self._runs.pop(session, None)
-            self.queue.done(session, now_ms=_now_ms())
+            del self._runs[session]
+            self.queue.done(session, now_ms=now_ms())
+            if not self.queue.keys(session):
+                self._storage.pop(session, None)
             self._dispatch()
+        return False
+
+    def _rest(self, session: str) -> None:
+        """Leave a session alone for a while, the longer the more often it failed."""
+        failures = self._failures[session] = self._failures.get(session, 0) + 1
+        pause_ms = min(FAILURE_PAUSE_MS << min(failures - 1, 16), LONGEST_FAILURE_PAUSE_MS)
+        self.queue.rest(session, until_ms=now_ms() + pause_ms)
+        self._forget(session)
 
     async def _run_generation(self, session: str) -> None:
         storage = self._storage.get(session, session)
         state = await self._state_of(session, storage)
-        now_ms = _now_ms()
-        keys = self.queue.due_keys(session, now_ms=now_ms)
-        if self._definition.pending_work is None:
-            for gone in [key for key in keys if key not in state.messages]:
-                self.queue.discard(session, gone)
-                keys.remove(gone)
-            keys.sort(key=lambda key: (state.messages[key].message.created_at, key))
-            rows: list[Any] = []
+        if any(not self._is_known(key, state) for key in self.queue.keys(session)):
+            # The feed tells of messages that are not among the rows: those were read too early.
+            self._forget(session)
+            state = await self._state_of(session, storage)
+        orders = [order for order in self._cancels.get(session, ()) if not order.is_done]
+        if orders:
+            keys = self._keys_to_cancel(session, storage, state, orders)
         else:
-            rows = [self._pending_rows[storage, key] for key in keys]
-        if not keys:
-            return
+            keys = self._waiting(session, self.queue.due_keys(session, now_ms=now_ms()), state)
+            if not keys:
+                return
+        rows = [self._pending_rows[storage, key][1] for key in keys if self._pending_rows]
         run = GenerationRun(self.shard, storage, state, keys, rows)
-        task = asyncio.current_task()
-        assert task is not None
-        self._runs[session] = (task, run)
+        if orders:
+            if all(order.is_done for order in orders):
+                return
+            run.cancel(orders[0].reason)
+        self._runs[session].run = run
         self.shard.running += 1
-        size_before = 0 if state.size == 0 else state.size
+        size_before = state.size
         try:
-            await run.run()
+            if not await run.run():
+                self._parked.add(session)
+                self.queue.rest(session)
+                return
         finally:
             self.shard.running -= 1
             self._bound_states(size_before, state)
-        # Answered: the feed will say so too, but until then they must not be taken again.
+        self.cycles += 1
+        # Answered: the feed will say so too, but until then they must not be taken again. A row
+        # of a `pending_work` that changed meanwhile waits anew.
+        taken = dict(zip(keys, rows, strict=True)) if rows else {}
+        for key in run.answered:
+            if not rows or self._pending_rows.get((storage, key), ("", None))[1] is taken.get(key):
+                self.queue.discard(session, key)
+
+    def _is_known(self, key: str, state: SessionState) -> bool:
+        return self._definition.pending_work is not None or key in state.messages
+
+    def _waiting(self, session: str, keys: list[str], state: SessionState) -> list[str]:
+        """Return which of the keys wait for an answer, oldest first; forget the others."""
+        if self._definition.pending_work is not None:
+            return keys
         for key in keys:
-            self.queue.discard(session, key)
+            if not state.is_waiting(key):
+                self.queue.discard(session, key)
+        waiting = [key for key in keys if state.is_waiting(key)]
+        return sorted(waiting, key=lambda key: (state.messages[key].message.created_at, key))
+
+    def _keys_to_cancel(
+        self, session: str, storage: str, state: SessionState, orders: Sequence[_CancelOrder]
+    ) -> list[str]:
+        """Return the waiting keys that were written before the newest order.
+
+        If there are none, nor a generation that has not ended, the orders are done. Rows of a
+        `pending_work` that only wait cannot be cancelled: they would still match.
+        """
+        revision = max(order.revision for order in orders)
+        all_keys = self.queue.keys(session)
+        keys: list[str] = []
+        if self._definition.pending_work is None:
+            waiting = self._waiting(session, all_keys, state)
+            keys = [key for key in waiting if state.messages[key].revision < revision]
+        by = self._definition.session
+        found = state.open_generation(None if by is None else all_keys)
+        if found is not None and not self._is_covered(found.message_ids, storage, state, revision):
+            found = None
+        if found is None and not keys:
+            for order in orders:
+                order.is_done = True
+        return keys
+
+    def _is_covered(
+        self, keys: Sequence[str], storage: str, state: SessionState, revision: int
+    ) -> bool:
+        """Whether any of the rows was written before `revision`, or none is there any more."""
+        if self._definition.pending_work is None:
+            known = [state.messages[key].revision for key in keys if key in state.messages]
+        else:
+            assert self._view is not None
+            rows = [self._view.synced.get((storage, key)) for key in keys]
+            known = [row.revision for row in rows if row is not None]
+        return not known or min(known) < revision
 
     async def _state_of(self, session: str, storage: str) -> SessionState:
         state = self._states.get(session)
@@ -450,6 +589,7 @@ class _PartitionWork:
             state.load(read.revision, read.rows)
         else:
             state.load(read.revision, {**read.rows, "messages": []})
+        self._state_bytes += state.size
         return state
 
     def _bound_states(self, size_before: int, state: SessionState) -> None:
@@ -467,59 +607,65 @@ class _PartitionWork:
     def _forget(self, session: str) -> None:
         self._states.pop(session, None)
 
-    def _forget_idle_states(self) -> None:
-        for session in list(self._states):
-            if session not in self._runs:
-                del self._states[session]
+    def _stop_when_fenced(self, error: FencedError) -> None:
+        if self._fenced is None:
+            logger.warning("another runner has taken over: %s", error)
+            self._fenced = error
+            self._hear_no_more()
+            for worker in self._runs.values():
+                if worker.task is not asyncio.current_task():
+                    worker.task.cancel()
 
-    def _stop_when_fenced(self) -> None:
-        if not self.is_fenced:
-            self.is_fenced = True
-            for task, _ in self._runs.values():
-                if task is not asyncio.current_task():
-                    task.cancel()
-
-    async def _carry_out_cancel(self, session: str, request: CancelRequest) -> None:
-        """Abort what runs, or end what is pending; then the request is done."""
-        held = self._runs.get(session)
-        if held is not None:
-            task, run = held
-            if run is not None:
-                run.signal.abort(request.reason or "cancelled")
-                task.cancel()
-            await asyncio.wait([task])
-        mutations: list[Mutation] = []
-        keys = list(self.queue.due_keys(session, now_ms=1 << 60))
-        if held is None and keys and self._definition.pending_work is None:
-            mutations = await self._cancel_pending(session, keys, request)
-        done = request.model_copy(update={"done": True})
-        key, value = codec_of(CancelRequest, "id").encode("cancel_requests", done)
-        mutations.append(Update(session, "cancel_requests", key, value, 0))
+    async def _carry_out_cancel(self, storage: str, request: CancelRequest, revision: int) -> None:
+        """Abort what runs and end what waits; then the request is done."""
+        sessions = [storage]
+        if self._definition.session is not None:
+            sessions = [session for session, at in self._storage.items() if at == storage]
         try:
-            await self._client.commit(mutations, runner=self.shard.runner)
+            for session in sessions:
+                order = _CancelOrder(request.reason or "cancelled", revision)
+                await self._cancel_session(session, order)
+            if self._fenced is not None:
+                return
+            done = request.model_copy(update={"done": True})
+            key, value = codec_of(CancelRequest, "id").encode("cancel_requests", done)
+            update = Update(storage, "cancel_requests", key, value, 0)
+            await self._client.commit([update], runner=self.shard.runner)
         except AidbError as error:
             logger.warning("a cancel request could not be closed: %s", error)
+        finally:
+            self._cancelling.discard(request.id)
 
-    async def _cancel_pending(
-        self, session: str, keys: list[str], request: CancelRequest
-    ) -> list[Mutation]:
-        """Return the end of a generation that never began, for messages that still wait."""
-        generation = Generation(
-            id=f"{request.id}:cancelled",
-            agent=self._definition.name,
-            status=GenerationStatus.CANCELLED,
-            message_ids=keys,
-            error=request.reason or None,
-        )
-        key, value = codec_of(Generation, "id").encode("generations", generation)
-        mutations: list[Mutation] = [Insert(session, "generations", key, value)]
-        read = await self._client.read_session(session, ("messages",))
-        for row in read.rows["messages"]:
-            if row.key in keys:
-                fields = {**_decode_fields(row.value), "processed": True, "generationId": key}
-                encoded = msgspec.json.encode(fields)
-                mutations.append(Update(session, "messages", row.key, encoded, row.revision))
-        return mutations
+    async def _cancel_session(self, session: str, order: _CancelOrder) -> None:
+        """Let the session's worker carry out the order, now or in its next turns."""
+        orders = self._cancels.setdefault(session, [])
+        orders.append(order)
+        try:
+            while not order.is_done and self._fenced is None:
+                worker = self._runs.get(session)
+                if worker is None:
+                    seized = self.queue.seize(session)
+                    assert seized, session
+                    task = self._begin(session)
+                else:
+                    task = worker.task
+                    self._cancel_run(session, worker.run, order)
+                await asyncio.wait([task])
+                if task.cancelled() or not task.result():
+                    await asyncio.sleep(FAILURE_PAUSE_MS / 1000)
+        finally:
+            orders.remove(order)
+            if not orders:
+                del self._cancels[session]
+
+    def _cancel_run(self, session: str, run: GenerationRun | None, order: _CancelOrder) -> None:
+        # One that still reads its rows looks for orders when it has them.
+        state = self._states.get(session)
+        storage = self._storage.get(session, session)
+        if run is not None and (
+            state is None or self._is_covered(run.answered, storage, state, order.revision)
+        ):
+            run.cancel(order.reason)
 
     # Waiting.
 
@@ -529,50 +675,66 @@ class _PartitionWork:
         await self._client.feed.reached(status.revision)
 
     async def run_one(self, session: str | None) -> bool:
-        """Run one generation to its end, or wait for one that runs."""
-        if not self.is_open:
-            taken = self.queue.take(now_ms=_now_ms(), only=session)
+        """Run one generation to its end, or wait for one that runs; False if nothing is due."""
+        is_at_work = bool(self._runs) if session is None else session in self._runs
+        if not self.is_open and not is_at_work and not self.is_retired:
+            taken = self.queue.take(now_ms=now_ms(), only=session)
             if taken is None:
                 return False
-            await asyncio.wait([self._begin(taken)])
+            task = self._begin(taken)
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                task.cancel()
+                await asyncio.wait([task])
+                raise
+            self._raise_if_fenced()
             return True
         cycles = self.cycles
-        if not self._has_work(session):
-            return False
-        while self.cycles == cycles and self._has_work(session):
+        while self._has_work(session):
+            self._raise_if_fenced()
+            if session is not None and session in self._runs:
+                await asyncio.wait([self._runs[session].task])
+                return True
             await self._next_change()
-        return True
+            if session is None and self.cycles > cycles:
+                return True
+        return False
 
     async def drain(self, session: str | None) -> None:
-        """Wait until nothing is pending, working on it if that does not happen by itself."""
-        was_open = self.is_open
+        """Wait until nothing is due, working on it if that does not happen by itself."""
+        opens = session is None
+        self._drains += opens
         try:
-            if session is None:
-                self.is_open = True
-                self._dispatch()
+            self._dispatch()
             while self._has_work(session):
-                if session is not None and not was_open:
-                    taken = self.queue.take(now_ms=_now_ms(), only=session)
+                self._raise_if_fenced()
+                if not self.is_open and not self.is_retired:
+                    taken = self.queue.take(now_ms=now_ms(), only=session)
                     if taken is not None:
                         self._begin(taken)
                 await self._next_change()
         finally:
-            self.is_open = was_open
+            self._drains -= opens
 
     async def settle(self) -> None:
         """Wait until nothing runs."""
         while self._runs:
-            await asyncio.wait([task for task, _ in self._runs.values()])
+            await asyncio.wait([worker.task for worker in self._runs.values()])
 
     async def interrupt(self) -> None:
         """Stop what runs where it is."""
-        tasks = [task for task, _ in self._runs.values()]
+        tasks = [worker.task for worker in self._runs.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _has_work(self, session: str | None) -> bool:
-        return not self.queue.is_idle if session is None else self.queue.has_work(session)
+        return self.queue.has_work(session, now_ms=now_ms())
+
+    def _raise_if_fenced(self) -> None:
+        if self._fenced is not None:
+            raise self._fenced
 
     async def _next_change(self) -> None:
         self._changed.clear()
@@ -580,27 +742,22 @@ class _PartitionWork:
 
     async def aclose(self) -> None:
         """Stop everything and end."""
-        self.is_open = False
+        self.is_retired = True
+        self._hear_no_more()
+        await self.interrupt()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _hear_no_more(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         for subscription in self._subscriptions:
             self._client.feed.unsubscribe(subscription)
         if self._view is not None:
             self._view.close()
-        await self.interrupt()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-def _time_ms(text: str | None) -> int:
-    return 0 if text is None else int(datetime.fromisoformat(text).timestamp() * 1000)

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 S = TypeVar("S", bound=Hashable)
 K = TypeVar("K", bound=Hashable)
 
+_UNTIL_WOKEN = 1 << 62
+
 
 class PendingWork(Generic[S, K]):
     """Pending keys by session, up to `max_running` sessions of which are at work."""
@@ -20,10 +22,11 @@ class PendingWork(Generic[S, K]):
     def __init__(self, *, max_running: int) -> None:
         assert max_running > 0, max_running
         self._max_running = max_running
-        # Keys by session, in order of arrival; of sessions that are at work, too.
+        # Keys and when they are due, in order of arrival; of sessions that are at work, too.
         self._keys: dict[S, dict[K, int]] = {}
         self._queue: dict[S, None] = {}
         self._running: set[S] = set()
+        self._resting: dict[S, int] = {}
         self._later: list[tuple[int, int, S]] = []
         self._tickets = 0
 
@@ -40,22 +43,35 @@ class PendingWork(Generic[S, K]):
         """How many sessions are at work."""
         return len(self._running)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is pending and nothing at work."""
-        return not self._keys and not self._running
+    def has_work(self, session: S | None = None, *, now_ms: int) -> bool:
+        """Whether a session, or any at all, is at work or would be if it got its turn.
 
-    def has_work(self, session: S) -> bool:
-        """Whether the session has pending keys or is at work."""
-        return session in self._keys or session in self._running
+        What is not due yet, or waits to be woken, does not count; a short rest does.
+        """
+        self._wake_due(now_ms)
+        if session is None:
+            rests = any(until_ms != _UNTIL_WOKEN for until_ms in self._resting.values())
+            return bool(self._running or self._queue or rests)
+        if session in self._running or session in self._queue:
+            return True
+        return session in self._keys and self._resting.get(session, _UNTIL_WOKEN) != _UNTIL_WOKEN
+
+    def keys(self, session: S) -> list[K]:
+        """Return all of the session's keys, in order of arrival."""
+        return list(self._keys.get(session, ()))
+
+    def due_keys(self, session: S, *, now_ms: int) -> list[K]:
+        """Return the session's keys that are due, in order of arrival; none while it rests."""
+        if self._resting.get(session, 0) > now_ms:
+            return []
+        return [key for key, due_ms in self._keys.get(session, {}).items() if due_ms <= now_ms]
 
     def put(self, session: S, key: K, *, not_before_ms: int = 0, now_ms: int = 0) -> None:
         """Add a key, or change when it is due."""
         self._keys.setdefault(session, {})[key] = not_before_ms
         if not_before_ms > now_ms:
-            self._tickets += 1
-            heapq.heappush(self._later, (not_before_ms, self._tickets, session))
-        elif session not in self._running:
+            self._remember(session, not_before_ms)
+        elif session not in self._running and session not in self._resting:
             self._queue.setdefault(session)
 
     def discard(self, session: S, key: K) -> None:
@@ -67,11 +83,13 @@ class PendingWork(Generic[S, K]):
         if not keys:
             del self._keys[session]
             self._queue.pop(session, None)
+            self._resting.pop(session, None)
 
     def replace(self, entries: Iterable[tuple[S, K, int]], *, now_ms: int) -> None:
-        """Make these the pending keys. Sessions at work go on."""
+        """Make these the pending keys; no session rests. Sessions at work go on."""
         self._keys.clear()
         self._queue.clear()
+        self._resting.clear()
         self._later.clear()
         for session, key, not_before_ms in entries:
             self.put(session, key, not_before_ms=not_before_ms, now_ms=now_ms)
@@ -81,19 +99,24 @@ class PendingWork(Generic[S, K]):
 
         With `only`, that session or none.
         """
-        self._wake(now_ms)
+        self._wake_due(now_ms)
         if len(self._running) >= self._max_running:
             return None
-        session = next(iter(self._queue), None) if only is None else only
-        if session is None or session not in self._queue:
-            return None
-        del self._queue[session]
-        self._running.add(session)
-        return session
+        while (session := self._first(only)) is not None:
+            del self._queue[session]
+            # What was due when it was queued may have been put off since.
+            if self.due_keys(session, now_ms=now_ms):
+                self._running.add(session)
+                return session
+        return None
 
-    def due_keys(self, session: S, *, now_ms: int) -> list[K]:
-        """Return the session's keys that are due, in order of arrival."""
-        return [key for key, due_ms in self._keys.get(session, {}).items() if due_ms <= now_ms]
+    def seize(self, session: S) -> bool:
+        """Count a session as at work whatever it has and however many are; False if it is."""
+        if session in self._running:
+            return False
+        self._queue.pop(session, None)
+        self._running.add(session)
+        return True
 
     def done(self, session: S, *, now_ms: int) -> None:
         """Count the session as no longer at work; what it still has goes to the back."""
@@ -101,20 +124,38 @@ class PendingWork(Generic[S, K]):
         if self.due_keys(session, now_ms=now_ms):
             self._queue.setdefault(session)
 
-    def delay(self, session: S, *, until_ms: int) -> None:
-        """Leave the session alone until then, whatever it has."""
+    def rest(self, session: S, *, until_ms: int | None = None) -> None:
+        """Leave the session alone until then, or until `wake`, whatever comes for it."""
+        if session not in self._keys:
+            return
         self._queue.pop(session, None)
-        for key in self._keys.get(session, {}):
-            self._keys[session][key] = max(until_ms, self._keys[session][key])
-        self._tickets += 1
-        heapq.heappush(self._later, (until_ms, self._tickets, session))
+        self._resting[session] = _UNTIL_WOKEN if until_ms is None else until_ms
+        if until_ms is not None:
+            self._remember(session, until_ms)
+
+    def wake(self, session: S, *, now_ms: int) -> None:
+        """End the session's rest."""
+        self._resting.pop(session, None)
+        if session not in self._running and self.due_keys(session, now_ms=now_ms):
+            self._queue.setdefault(session)
 
     def next_due_ms(self) -> int | None:
-        """Return when the next key that must wait is due, None if none waits."""
+        """Return when the next session that must wait may be due, None if none waits."""
         return self._later[0][0] if self._later else None
 
-    def _wake(self, now_ms: int) -> None:
+    def _first(self, only: S | None) -> S | None:
+        if only is None:
+            return next(iter(self._queue), None)
+        return only if only in self._queue else None
+
+    def _remember(self, session: S, due_ms: int) -> None:
+        self._tickets += 1
+        heapq.heappush(self._later, (due_ms, self._tickets, session))
+
+    def _wake_due(self, now_ms: int) -> None:
         while self._later and self._later[0][0] <= now_ms:
             session = heapq.heappop(self._later)[2]
+            if self._resting.get(session, _UNTIL_WOKEN) <= now_ms:
+                del self._resting[session]
             if session not in self._running and self.due_keys(session, now_ms=now_ms):
                 self._queue.setdefault(session)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from enum import Enum
@@ -166,7 +166,10 @@ def as_node(value: object) -> Node:
     if isinstance(value, Expression):
         return value._node  # pyright: ignore[reportPrivateUsage]
     if isinstance(value, (list, tuple, set, frozenset)):
-        items = cast("Sequence[object]", value)
+        items = list(cast("Iterable[object]", value))
+        if isinstance(value, (set, frozenset)):
+            # Sets come in another order in each process, and equal queries are to be equal.
+            items.sort(key=repr)
         if len(items) > MAX_LIST:
             raise QueryError(f"A list may have {MAX_LIST} values.", code="too_large")
         return Constant(tuple(scalar_of(item) for item in items))

@@ -1,7 +1,7 @@
 """From the stream of an OpenAI-compatible server to AG-UI events. No I/O, no clock.
 
-The payloads are decoded here and not by the SDK, which takes 90 us an event where this takes
-about 3 us (July 2026 versions): a process that serves hundreds of streams has no more.
+The payloads are decoded here and not by the SDK, whose stream takes 90 us an event where the whole
+adapter takes 15 us (openai 3.54, November 2026): one process serves hundreds of streams.
 
 Sources: https://platform.openai.com/docs/api-reference/chat-streaming,
 https://platform.openai.com/docs/api-reference/responses-streaming

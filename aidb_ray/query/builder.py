@@ -40,6 +40,7 @@ OfRows: TypeAlias = (
     | Callable[[Ref, Ref, Ref, Ref], T]
 )
 """A function of rows, whose parameters are named after aliases."""
+
 JoinOn: TypeAlias = OfRows[Expression]
 
 Outputs: TypeAlias = "tuple[tuple[str, Node | Outputs], ...]"

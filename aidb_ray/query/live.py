@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from aidb_ray.errors import NotReadyError, SlowConsumerError
+from aidb_ray.errors import NotReadyError, QueryError, SlowConsumerError
 from aidb_ray.expressions import SourceRef, equalities
 from aidb_ray.query.builder import Query, QueryRoot, build
 from aidb_ray.query.operators import Delta, Pipeline, RowChange
@@ -18,7 +18,6 @@ from aidb_ray.store.local import RowEvent, View
 from aidb_ray.store.rows import codec_of
 
 if TYPE_CHECKING:
-    from aidb_ray.store.client import StoreClient
     from aidb_ray.store.collection import Sites
 
 R = TypeVar("R")
@@ -93,8 +92,8 @@ class LiveQuery(Generic[R]):
         self._readers[reader] = None
         try:
             while True:
-                while reader.unread:
-                    yield reader.take()
+                while (delta := reader.take()) is not None:
+                    yield delta
                 if self._is_closed:
                     return
                 reader.arrived.clear()
@@ -113,7 +112,13 @@ class LiveQuery(Generic[R]):
             reader.arrived.set()
 
     def _hear(self, events: Sequence[RowEvent]) -> None:
-        deltas = self._pipeline.advance(to_changes(self._alias, events))
+        try:
+            deltas = self._pipeline.advance(to_changes(self._alias, events))
+        except QueryError as error:
+            # The answer has a row that its type cannot hold: whoever reads it must know.
+            for reader in self._readers:
+                reader.fail(error)
+            return
         if deltas:
             for reader in self._readers:
                 reader.put(deltas)
@@ -125,47 +130,58 @@ class _Reader(Generic[R]):
     def __init__(self, begin: Sequence[Delta[R]]) -> None:
         self.unread: deque[Delta[R]] = deque(begin)
         self.arrived = asyncio.Event()
-        self._is_lost = False
+        self._error: QueryError | SlowConsumerError | None = None
         self._last = 0
 
     def put(self, deltas: Sequence[Delta[R]]) -> None:
-        if len(self.unread) + len(deltas) > max(MAX_UNREAD_DELTAS, len(deltas)):
-            # It will hear that it lost track; the bound is what keeps the others alive.
-            self._is_lost = True
-        else:
+        """Add deltas, or give up if too many wait: the bound keeps the others alive."""
+        # What comes together may be more than the bound when nothing else waits.
+        if self.unread and len(self.unread) + len(deltas) > MAX_UNREAD_DELTAS:
+            self.fail(
+                SlowConsumerError(
+                    f"More than {MAX_UNREAD_DELTAS} deltas wait unread; iterate again, which "
+                    f"begins with the rows as they are.",
+                    resume=self._last,
+                )
+            )
+        elif self._error is None:
             self.unread.extend(deltas)
+            self.arrived.set()
+
+    def fail(self, error: QueryError | SlowConsumerError) -> None:
+        """Tell the reader that it cannot go on."""
+        if self._error is None:
+            self._error = error
+        self.unread.clear()
         self.arrived.set()
 
-    def take(self) -> Delta[R]:
-        if self._is_lost:
-            raise SlowConsumerError(
-                f"More than {MAX_UNREAD_DELTAS} deltas wait unread; iterate again, which begins "
-                f"with the rows as they are.",
-                resume=self._last,
-            )
+    def take(self) -> Delta[R] | None:
+        """Return the next delta, None if there is none."""
+        if self._error is not None:
+            raise self._error
+        if not self.unread:
+            return None
         delta = self.unread.popleft()
         self._last = delta.revision
         return delta
 
 
 async def run_query(sites: Sites, question: Question[R]) -> list[R] | R | None:
-    """Return the answer as it is now: a list, or for `find_one` a row or None."""
+    """Return the answer as it is now, own writes included: a list, or for `find_one` one or None.
+
+    Reads of several sessions may see some newer than others.
+    """
     query = build(question)
     alias, source = query.sources[0]
     wanted = filter_of(query)
+    await sites.connected()
     pipeline = Pipeline(query, decode=_row_decoder(query))
     for site in sites.sites_of(source.session or ""):
-        pipeline.advance(await _read(site.client, wanted, alias))
+        revision, found = await site.client.read(wanted)
+        events = site.writes.show(wanted, found, revision)
+        pipeline.advance(to_changes(alias, events))
     rows = pipeline.rows
     return next(iter(rows), None) if query.is_single else rows
-
-
-async def _read(client: StoreClient, wanted: Filter, alias: str) -> list[RowChange]:
-    await client.drain()
-    _, found = await client.read(wanted)
-    return [
-        RowChange(alias, (row.session, row.key), _decode(row.value), row.revision) for row in found
-    ]
 
 
 def to_changes(alias: str, events: Sequence[RowEvent]) -> list[RowChange]:

@@ -25,6 +25,7 @@ BUCKETS = 4096
 MAX_BATCH_COMMITS = 4_096
 MAX_BATCH_BYTES = 1 << 20
 MAX_ROW_BYTES = 2 << 20
+MAX_COMMIT_BYTES = 32 << 20
 CHUNKS = "chunks"
 """Collection whose rows are chunks: they live in chunk batches, not among the rows."""
 
@@ -35,7 +36,11 @@ def bucket_of(session: str) -> int:
 
 
 class Insert(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """Add a row; refused if the key is present. `value` is the row as JSON, wire names."""
+    """Add a row; refused if the key is present.
+
+    `value` is the row as compact JSON with wire names: no spaces between tokens, and no escapes
+    where none are needed, so that a reader may look for a field's bytes before it decodes.
+    """
 
     session: str
     collection: str
@@ -171,6 +176,11 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     current=cast("dict[str, Any] | None", current),
                     revision=self.revision,
                 )
+            case "idempotency_mismatch":
+                return ConflictError(
+                    f"Batch {self.key} was sent before with other content. Nothing was applied.",
+                    code="idempotency_mismatch",
+                )
             case "fenced":
                 return FencedError(
                     resource=self.key, our_epoch=self.got, current_epoch=self.expected
@@ -186,6 +196,14 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                 return ConflictError(
                     f"The chunk stream of {self.key!r} has ended; start a new generation.",
                     code="stream_closed",
+                    collection=CHUNKS,
+                    key=self.key,
+                )
+            case "invalid_index" | "invalid_batch":
+                return ContractError(
+                    f"The chunks of {self.key!r} do not fit: index {self.got}, or a place outside "
+                    f"of the batch that they came with.",
+                    code=self.reason,
                     collection=CHUNKS,
                     key=self.key,
                 )
@@ -266,7 +284,16 @@ class Filter(msgspec.Struct, frozen=True, array_like=True):
 
     def accepts(self, fields: dict[str, Any]) -> bool:
         """Whether a row with these fields passes `where`."""
-        return all(fields.get(name) in allowed for name, allowed in self.where)
+        for name, allowed in self.where:
+            value = fields.get(name)
+            # To Python 1 is True; to a query it is not.
+            is_bool = value is True or value is False
+            for one in allowed:
+                if value == one and (one is True or one is False) == is_bool:
+                    break
+            else:
+                return False
+        return True
 
 
 class StoredRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -333,6 +360,8 @@ class PollRequest(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         feed_id: Names the reader's feed, so that `release_poll` finds a waiting poll.
         generation: The store generation that the reader's cursor belongs to.
+        number: Counts the polls of a feed, for calls may overtake each other: a release that
+            names this poll counts even if it arrives first.
     """
 
     feed_id: str
@@ -340,6 +369,7 @@ class PollRequest(msgspec.Struct, frozen=True, array_like=True):
     after: int
     filters: tuple[Filter, ...]
     wait_ms: int = 0
+    number: int = 0
 
 
 class Changes(msgspec.Struct, frozen=True, array_like=True):

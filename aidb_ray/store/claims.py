@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import msgspec
 
@@ -51,4 +52,4 @@ def decode_epochs(value: bytes) -> RunnerEpochs:
 def shard_ranges(shards: int) -> Sequence[tuple[int, int]]:
     """Split all buckets into `shards` ranges that differ in size by one at most."""
     edges = [round(BUCKETS * index / shards) for index in range(shards + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

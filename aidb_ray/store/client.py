@@ -12,17 +12,25 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from aidb_ray.errors import AidbError, CompactedError, UnavailableError
+from aidb_ray.errors import (
+    AidbError,
+    CompactedError,
+    ConflictError,
+    ContractError,
+    UnavailableError,
+)
 from aidb_ray.runtime import ActorRef
 from aidb_ray.store import changes as wire
 from aidb_ray.store.actor import StoreActor, StoreStatus
 from aidb_ray.store.changes import (
     MAX_BATCH_BYTES,
     MAX_BATCH_COMMITS,
+    MAX_COMMIT_BYTES,
     Append,
     Batch,
     Change,
@@ -31,7 +39,6 @@ from aidb_ray.store.changes import (
     ChunkRead,
     Commit,
     Committed,
-    Delete,
     Filter,
     FoundRow,
     Insert,
@@ -53,18 +60,36 @@ MAX_QUEUED_COMMITS = 200_000
 MAX_QUEUED_BYTES = 256 << 20
 CALL_TIMEOUT_MS = 30_000
 GIVE_UP_MS = 120_000
+MAX_READS = 256
+_SESSIONS_A_PAGE = 10_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+# Asking again cannot help. A store that restarts says something else than one that has ended.
+_FINAL = frozenset({"store_ended", "actor_ended", "unknown_client", "batch_gap"})
+
+R = TypeVar("R")
 
 _BytesMethod: TypeAlias = Callable[[StoreActor, bytes], Awaitable[bytes]]
 
 
+OnSettled: TypeAlias = Callable[[int, AidbError | None], None]
+"""Hears how a commit ended: its revision and None, or 0 and the error."""
+
+
+class _SessionRead(NamedTuple):
+    """A session that someone waits to read."""
+
+    session: str
+    collections: tuple[str, ...]
+    done: asyncio.Future[SessionRowsRead]
+
+
 class _Waiting(NamedTuple):
-    """A commit in the queue: what it asks, its chunks, and who waits for its revision."""
+    """A commit in the queue: what it asks, its chunks, and who hears how it ends."""
 
     commit: Commit
     chunks: ChunkColumns
     size: int
-    done: asyncio.Future[int]
+    on_settled: OnSettled
 
 
 class StoreClient:
@@ -83,8 +108,9 @@ class StoreClient:
         self._next_seq = 1
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
+        self._is_closed = False
         self._pumping: asyncio.Task[None] | None = None
-        self._reads: list[tuple[str, tuple[str, ...], asyncio.Future[SessionRowsRead]]] = []
+        self._reads: deque[_SessionRead] = deque()
         self._reading: asyncio.Task[None] | None = None
         self.feed = FeedReader(self._ref)
 
@@ -99,26 +125,50 @@ class StoreClient:
 
         Commits of one client are applied in the order of these calls. `Append.start` counts in
         `chunks`. Nobody need await the future; a failure nobody looks at is logged by the loop.
+        Cancelling it does not cancel the commit.
 
         Raises:
-            UnavailableError: `overloaded`, not applied: too much waits to be sent already.
+            UnavailableError: not applied: `overloaded`, too much waits to be sent already, or
+                `closed`.
+            ContractError: `commit_too_large`.
             AidbError: (from the future) the commit was refused, or its outcome is unknown.
         """
-        size = 96 + sum(_size(mutation) for mutation in mutations) + len(chunks.payload)
-        if len(self._queue) >= MAX_QUEUED_COMMITS or self._queued_bytes + size > MAX_QUEUED_BYTES:
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.send(mutations, partial(_resolve, done), chunks=chunks, runner=runner)
+        return done
+
+    def send(
+        self,
+        mutations: Sequence[Mutation],
+        on_settled: OnSettled,
+        *,
+        chunks: ChunkColumns = EMPTY,
+        runner: Runner | None = None,
+    ) -> None:
+        """Send mutations as one commit; calls `on_settled` once, later. See `commit`."""
+        size = _size(mutations, chunks)
+        if size > MAX_COMMIT_BYTES:
+            raise ContractError(
+                f"A commit of {size} bytes is too large; {MAX_COMMIT_BYTES} are allowed. Write "
+                f"fewer rows together.",
+                code="commit_too_large",
+            )
+        is_full = self._queued_bytes + size > MAX_QUEUED_BYTES
+        if is_full or len(self._queue) >= MAX_QUEUED_COMMITS:
             raise UnavailableError(
                 f"{len(self._queue)} commits wait to be sent already; await some before making "
                 f"more.",
                 outcome="not_applied",
                 code="overloaded",
             )
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[int] = loop.create_future()
-        self._queue.append(_Waiting(Commit(tuple(mutations), runner), chunks, size, done))
+        if self._is_closed:
+            raise UnavailableError(
+                "The connection was closed; connect again.", outcome="not_applied", code="closed"
+            )
+        self._queue.append(_Waiting(Commit(tuple(mutations), runner), chunks, size, on_settled))
         self._queued_bytes += size
         if self._pumping is None:
-            self._pumping = loop.create_task(self._pump())
-        return done
+            self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
     async def drain(self) -> None:
         """Wait until every commit made so far has its outcome."""
@@ -126,7 +176,8 @@ class StoreClient:
             await asyncio.wait([self._pumping])
 
     async def aclose(self) -> None:
-        """Wait for outstanding commits, then close the feed."""
+        """Refuse further commits, wait for outstanding ones, then close the feed."""
+        self._is_closed = True
         await self.drain()
         await self.feed.aclose()
 
@@ -157,31 +208,40 @@ class StoreClient:
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[SessionRowsRead] = loop.create_future()
-        self._reads.append((session, collections, done))
+        self._reads.append(_SessionRead(session, collections, done))
         if self._reading is None:
             self._reading = loop.create_task(self._read_queued())
         return await done
 
     async def _read_queued(self) -> None:
         try:
+            # Whoever runs in this turn of the loop may still join the call.
             await asyncio.sleep(0)
             while self._reads:
-                taken, self._reads = self._reads[:256], self._reads[256:]
-                wanted = tuple((session, collections) for session, collections, _ in taken)
-                try:
-                    raw = await self._ask_again(
-                        StoreActor.read_sessions, wire.encode(SessionsRead(wanted))
-                    )
-                except AidbError as error:
-                    for *_, done in taken:
-                        if not done.done():
-                            done.set_exception(error)
-                    continue
-                for (*_, done), found in zip(taken, wire.decode_sessions(raw), strict=True):
-                    if not done.done():
-                        done.set_result(found)
+                taken = [self._reads.popleft() for _ in range(min(MAX_READS, len(self._reads)))]
+                await self._read_taken(taken)
         finally:
             self._reading = None
+            for read in self._reads:
+                read.done.cancel()
+            self._reads.clear()
+
+    async def _read_taken(self, taken: list[_SessionRead]) -> None:
+        wanted = tuple((read.session, read.collections) for read in taken)
+        try:
+            raw = await self._ask_again(StoreActor.read_sessions, wire.encode(SessionsRead(wanted)))
+        except AidbError as error:
+            for read in taken:
+                if not read.done.done():
+                    read.done.set_exception(error)
+            return
+        except asyncio.CancelledError:
+            for read in taken:
+                read.done.cancel()
+            raise
+        for read, found in zip(taken, wire.decode_sessions(raw), strict=True):
+            if not read.done.done():
+                read.done.set_result(found)
 
     async def changes_between(self, wanted: Filter, after: int, through: int) -> list[Change]:
         """Return the changes of the revisions `after` + 1 to `through`, in order.
@@ -215,9 +275,13 @@ class StoreClient:
         found: list[str] = []
         while len(found) < limit:
             after = found[-1] if found else ""
-            page = await self._ref.ask(StoreActor.sessions, prefix, after, 10_000)
+            page = await self._retry(
+                lambda after=after: self._ref.ask(
+                    StoreActor.sessions, prefix, after, _SESSIONS_A_PAGE
+                )
+            )
             found += page
-            if len(page) < 10_000:
+            if len(page) < _SESSIONS_A_PAGE:
                 break
         return found[:limit]
 
@@ -230,14 +294,17 @@ class StoreClient:
         return wire.decode_page(await self._ask_again(StoreActor.read, raw))
 
     async def _ask_again(self, method: _BytesMethod, raw: bytes) -> bytes:
+        return await self._retry(lambda: self._ref.ask(method, raw))
+
+    async def _retry(self, ask: Callable[[], Awaitable[R]]) -> R:
         deadline = time.monotonic() + self._give_up_ms / 1000
         pause = _FIRST_PAUSE_S
         while True:
             try:
-                return await self._ref.ask(method, raw)
-            except UnavailableError:
+                return await ask()
+            except UnavailableError as error:
                 # Reading twice does no harm, whatever became of the first call.
-                if time.monotonic() + pause > deadline:
+                if error.code in _FINAL or time.monotonic() + pause > deadline:
                     raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
@@ -245,6 +312,7 @@ class StoreClient:
     # Writing.
 
     async def _pump(self) -> None:
+        taken: list[_Waiting] = []
         try:
             # Whoever runs in this turn of the loop may still join the batch.
             await asyncio.sleep(0)
@@ -253,13 +321,21 @@ class StoreClient:
                 try:
                     answer = await self._deliver(taken)
                 except AidbError as error:
-                    _fail(taken, error)
-                except asyncio.CancelledError:
-                    _fail(taken, _unknown("the event loop is closing"))
-                    raise
+                    settled, taken = taken, []
+                    _fail(settled, error)
                 else:
-                    self._next_seq += len(taken)
-                    _settle(taken, answer)
+                    settled, taken = taken, []
+                    self._next_seq += len(settled)
+                    _settle(settled, answer)
+        except asyncio.CancelledError:
+            # The loop closes. What is on its way may arrive; what waits here will not.
+            self._superseded, self._client_id = self._client_id, 0
+            _fail(taken, _unknown("the event loop closed before the answer came"))
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._queued_bytes = 0
+            _fail(waiting, _unsent())
+            raise
         finally:
             self._pumping = None
 
@@ -285,24 +361,34 @@ class StoreClient:
             try:
                 if not self._client_id:
                     await self._register()
-                    raw = b""
                 raw = raw or self._encode(taken)
                 return wire.decode_committed(await self._ref.ask_shielded(StoreActor.commit, raw))
-            except UnavailableError as error:
-                if error.code == "unknown_client":
-                    self._superseded, self._client_id = self._client_id, 0
+            except AidbError as error:
+                if isinstance(error, UnavailableError):
+                    if error.code == "unknown_client" and not may_be_applied:
+                        # It was silent for long, or the store lives in memory and is a new one.
+                        self._client_id, raw = 0, b""
+                        continue
+                    may_be_applied = may_be_applied or error.outcome == "unknown"
+                    is_final = error.code in _FINAL or time.monotonic() + pause > deadline
+                else:
+                    is_final = True
+                if is_final:
+                    self._stop_numbering(error, may_be_applied=may_be_applied)
                     if may_be_applied:
-                        raise _unknown("the store has forgotten this client") from error
-                    continue
-                may_be_applied = may_be_applied or error.outcome == "unknown"
-                if time.monotonic() + pause > deadline:
-                    if may_be_applied:
-                        # Registering anew fences whatever of it may still be on its way.
-                        self._superseded, self._client_id = self._client_id, 0
                         raise _unknown(str(error)) from error
                     raise
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    def _stop_numbering(self, error: AidbError, *, may_be_applied: bool) -> None:
+        """Give up the client's id if a later batch could be mistaken for the one that failed.
+
+        Registering anew fences what may still be on its way under the old id.
+        """
+        if may_be_applied or isinstance(error, ConflictError) or error.code in _FINAL:
+            self._superseded = self._superseded or self._client_id
+            self._client_id = 0
 
     async def _register(self) -> None:
         client_id, _, _ = await self._ref.ask_shielded(StoreActor.register, self._superseded)
@@ -345,45 +431,62 @@ def _move(mutation: Mutation, by: int) -> Mutation:
     return mutation
 
 
-def _size(mutation: Mutation) -> int:
-    match mutation:
-        case Insert() | Update():
-            return len(mutation.value) + len(mutation.session) + len(mutation.key) + 32
-        case Delete():
-            return len(mutation.session) + len(mutation.key) + 32
-        case _:
-            return 128
+def _size(mutations: Sequence[Mutation], chunks: ChunkColumns) -> int:
+    """Return about how many bytes a commit takes on the wire."""
+    size = 96 + len(chunks.payload) + len(chunks.ends)
+    for mutation in mutations:
+        kind = type(mutation)
+        size += 128
+        if kind is Insert or kind is Update:
+            size += len(cast("Insert | Update", mutation).value)
+    return size
 
 
 def _settle(taken: list[_Waiting], answer: Committed) -> None:
     revision = answer.first_revision
-    if not answer.refused:
-        for waiting in taken:
-            if not waiting.done.done():
-                waiting.done.set_result(revision)
-            revision += 1
-        return
     refused = dict(answer.refused)
     for index, waiting in enumerate(taken):
-        refusal = refused.get(index)
+        refusal = refused.get(index) if refused else None
         if refusal is None:
-            if not waiting.done.done():
-                waiting.done.set_result(revision)
+            _tell(waiting, revision, None)
             revision += 1
-        elif not waiting.done.done():
-            waiting.done.set_exception(refusal.to_error())
+        else:
+            _tell(waiting, 0, refusal.to_error())
 
 
 def _fail(taken: list[_Waiting], error: AidbError) -> None:
     for waiting in taken:
-        if not waiting.done.done():
-            waiting.done.set_exception(error)
+        _tell(waiting, 0, error)
+
+
+def _tell(waiting: _Waiting, revision: int, error: AidbError | None) -> None:
+    try:
+        waiting.on_settled(revision, error)
+    except Exception:
+        # One listener's mistake must not keep the others from hearing.
+        logger.exception("whoever made a commit failed when told how it ended")
+
+
+def _resolve(done: asyncio.Future[int], revision: int, error: AidbError | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(revision)
+    else:
+        done.set_exception(error)
 
 
 def _unknown(why: str) -> UnavailableError:
     return UnavailableError(
-        f"It is not known whether the commit was applied: {why}. Read back before sending it "
-        f"again.",
+        f"It is not known whether the commit was applied: {why} Read back before sending it again.",
         outcome="unknown",
         code="unknown_outcome",
+    )
+
+
+def _unsent() -> UnavailableError:
+    return UnavailableError(
+        "The event loop closed before the commit was sent.",
+        outcome="not_applied",
+        code="not_sent",
     )

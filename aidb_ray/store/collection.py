@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 MAX_UNREAD_CHANGES = 10_000
+MAX_DECODED = 10_000
 
 
 class Site(Protocol):
@@ -84,7 +85,9 @@ class RowChange(Generic[R]):
 
     Attributes:
         before: None for an insert, and when this process did not know the row.
-        revision: Revision of the commit; resume with `changes(since=revision)`.
+        revision: Revision of the commit.
+        is_last: Whether no other change of this commit follows: then the next one is what
+            `changes(since=revision)` goes on with.
     """
 
     op: Literal["insert", "update", "delete"]
@@ -92,6 +95,7 @@ class RowChange(Generic[R]):
     before: R | None
     after: R | None
     revision: int
+    is_last: bool = True
 
 
 @dataclass(slots=True)
@@ -100,10 +104,12 @@ class Group:
 
     Attributes:
         takes_all: Whether a write to another session is an error; else it goes by itself.
+        is_open: Whether writes may still join. Tasks that were started inside may outlive it.
     """
 
     session: str
     takes_all: bool = True
+    is_open: bool = True
     intents: list[Intent] = field(default_factory=list[Intent])
     shown: dict[tuple[str, str], bytes | None] = field(
         default_factory=dict[tuple[str, str], bytes | None]
@@ -116,12 +122,18 @@ current_group: ContextVar[Group | None] = ContextVar("aidb_transaction", default
 class Subscribed:
     """A running `Collection.subscribe`; `close` ends it."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, views: Sequence[View]) -> None:
+        self._views = views
+
+    async def ready(self) -> None:
+        """Wait until the callback has heard the rows that are there."""
+        for view in self._views:
+            await view.ready()
 
     def close(self) -> None:
         """Call the callback no more."""
-        self._view.close()
+        for view in self._views:
+            view.close()
 
 
 class Collection(Generic[R]):
@@ -150,8 +162,8 @@ class Collection(Generic[R]):
         self.row_type = row_type
         self._sites = sites
         self._codec: RowCodec[R] = codec_of(row_type, key)
-        self._view: View | None = None
-        self._decoded: dict[str, tuple[bytes, R]] = {}
+        self._views: list[View] = []
+        self._decoded: dict[tuple[str, str], tuple[bytes, R]] = {}
 
     def __repr__(self) -> str:
         where = f" of {self.session}" if self.session else ""
@@ -170,32 +182,33 @@ class Collection(Generic[R]):
             KeyExistsError: this process knows a row with that key; (when awaited) the store does.
         """
         session, site = self._writable()
-        many = cast("list[R | Mapping[str, Any]]", rows if isinstance(rows, list) else [rows])
-        if not many:
-            raise ContractError("There is no row to insert.", collection=self.name)
         name, writes = self.name, site.writes
-        intents: list[NewRow] = []
-        must_wait = False
+        group = self._group(session)
+        many = cast("Sequence[R | Mapping[str, Any]]", rows if _is_many(rows) else (rows,))
+        if not many:
+            raise ContractError("There is no row to insert.", collection=name)
+        values: dict[str, bytes] = {}
+        earlier: list[Transaction] = []
         for row in many:
             key, value = self._codec.encode(name, row)
+            if key in values or self._shown(session, site, key, group) is not None:
+                raise KeyExistsError(
+                    f"{name}[{key!r}] exists already. Update it, or insert another key.",
+                    collection=name,
+                    key=key,
+                )
+            values[key] = value
             owner = writes.latest_owner(session, name, key)
-            if owner is not None or any(key == other.key for other in intents):
-                shown, _ = writes.look(session, name, key, None)
-                if shown is not None:
-                    raise KeyExistsError(
-                        f"{name}[{key!r}] exists already. Update it, or insert another key.",
-                        collection=name,
-                        key=key,
-                    )
-                must_wait = True
-            intents.append(NewRow(name, key, value))
-        group = self._group(session)
+            if isinstance(owner, Transaction):
+                earlier.append(owner)
+        intents = [NewRow(name, key, value) for key, value in values.items()]
         transaction = Transaction(session, intents, site.client, writes)
         if group is not None:
-            return self._join(group, transaction, intents, [i.value for i in intents])
-        if must_wait:
-            return self._run(site, transaction, intents, [i.value for i in intents])
-        transaction.send_inserts()
+            self._join(group, transaction, intents, values)
+        elif earlier:
+            self._run(site, transaction, intents, values, earlier)
+        else:
+            transaction.send_inserts()
         return transaction
 
     def update(
@@ -208,38 +221,34 @@ class Collection(Generic[R]):
     ) -> Transaction:
         """Change fields of a row.
 
-        `changes` is a mapping of Python names, or a function that changes a draft; it runs once,
-        here, and only what it changed travels. If the row changed meanwhile the patch is made
-        again on the newer row, up to 5 times.
+        The change is made again if the row changed meanwhile, on the newer row, up to 5 times.
 
         Args:
+            key: Which row.
+            changes: Values by Python name; or a function that changes a draft of the row, which
+                runs once, here: only what it changed travels.
             when: Condition on the row, checked against the row that is replaced.
             expected_revision: The row must be as that revision left it.
 
         Raises:
             KeyMissingError, ContractError: here, if the row is known here; else when awaited.
-            ConflictError: (when awaited) `condition_failed`, `revision_mismatch`, or `conflict`
-                after the 5th try; `current` carries the row.
+            ConflictError: (when awaited) `condition_failed`; `conflict` if the row is not of the
+                expected revision, or changed at every try. `current` carries the row.
         """
         session, site = self._writable()
-        shown = self._shown(session, site, key)
+        group = self._group(session)
+        shown = self._shown(session, site, key, group)
+        if shown is None:
+            self._must_be_possible(session, site, key, group)
         if callable(changes):
-            if inspect.iscoroutinefunction(changes):
-                raise TypeError("The function that changes a draft is a plain one, not async.")
-            if shown is None:
-                self._must_be_known(session, site, key)
-                raise NotReadyError(
-                    f"{self.name}[{key!r}] is not here yet, so there is no draft to change. "
-                    f"Await ready() first, or give a mapping.",
-                )
-            changes = self._run_draft(shown, changes)
-        fields = dict(changes)
+            changes = self._run_draft(key, shown, changes)
+        fields = self._codec.prepare(self.name, changes, key)
         test = None if when is None else self._condition(when)
         intent = Patch(self.name, key, self._codec, fields, expected_revision, test)
-        value = None
+        values: dict[str, bytes | None] = {}
         if shown is not None:
-            value = self._codec.patch(self.name, shown.value, fields, key)
-        return self._write(site, session, intent, value, is_known=shown is not None)
+            values[key] = self._codec.patch(self.name, shown.value, fields, key)
+        return self._write(site, session, intent, values, group)
 
     def delete(
         self,
@@ -250,19 +259,22 @@ class Collection(Generic[R]):
     ) -> Transaction:
         """Remove a row. See `update`."""
         session, site = self._writable()
-        shown = self._shown(session, site, key)
+        group = self._group(session)
+        shown = self._shown(session, site, key, group)
         if shown is None:
-            self._must_be_known(session, site, key)
+            self._must_be_possible(session, site, key, group)
         test = None if when is None else self._condition(when)
         intent = Patch(self.name, key, self._codec, None, expected_revision, test)
-        return self._write(site, session, intent, None, is_known=shown is not None)
+        values: dict[str, bytes | None] = {} if shown is None else {key: None}
+        return self._write(site, session, intent, values, group)
 
     # Reading.
 
     async def ready(self) -> None:
         """Wait until this process has a complete copy, which is then kept current."""
         await self._sites.connected()
-        await self._copy().ready()
+        for view in self._copy():
+            await view.ready()
 
     def get(self, key: str) -> R | None:
         """Return a row or None.
@@ -271,18 +283,20 @@ class Collection(Generic[R]):
             NotReadyError: the copy is not complete and the row was not written here.
         """
         session, site = self._readable()
-        view = self._view
-        if view is not None and view.is_ready:
-            row, _ = view.look(session, key)
+        group = self._group(session, is_writing=False)
+        if group is not None and (self.name, key) in group.shown:
+            row = self._shown(session, site, key, group)
+        elif self._is_ready():
+            row, _ = self._views[0].look(session, key)
         elif site.writes.knows(session, self.name, key):
             row, _ = site.writes.look(session, self.name, key, None)
         else:
             self._copy()
             raise self._not_ready()
-        return None if row is None else self._decode(key, row)
+        return None if row is None else self._decode((session, key), row)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._stored())
+        return len(self._stored())
 
     def __bool__(self) -> bool:
         # A handle is not empty because its rows are not here.
@@ -293,7 +307,7 @@ class Collection(Generic[R]):
 
     def values(self) -> list[R]:
         """Return all rows in order of (session, key)."""
-        return [self._decode(key, row) for key, row in self._stored()]
+        return [self._decode(place, row) for place, row in self._stored()]
 
     def is_synced(self, key: str) -> bool:
         """Whether no write of this process to the row is outstanding."""
@@ -312,25 +326,31 @@ class Collection(Generic[R]):
 
         Raises:
             CompactedError: `since` is older than what the store can still tell.
+            ConflictError: `revision_in_future`: there is no such revision yet.
+            ContractError: `invalid_cursor`: `since` is negative.
             SlowConsumerError: over 10,000 changes wait unread; `resume` says where to go on.
-            ValueError: `since` is negative.
         """
         from aidb_ray.store.tail import tail_changes
 
         if since is not None and since < 0:
-            raise ValueError(f"invalid_cursor: a revision is 0 or more, not {since}")
+            raise ContractError(
+                f"A revision is 0 or more, not {since}.", code="invalid_cursor", loc=("since",)
+            )
         await self._sites.connected()
         site = self._sites.site_of(self._one_session())
-        async for op, key, before, after, revision in tail_changes(
-            site.client, self.filter(), since, MAX_UNREAD_CHANGES
-        ):
-            yield RowChange(
-                op,
-                key,
-                None if before is None else self._codec.decode(before),
-                None if after is None else self._codec.decode(after),
-                revision,
-            )
+        told = tail_changes(site.client, self.filter(), since, MAX_UNREAD_CHANGES)
+        try:
+            async for op, change, before, is_last in told:
+                yield RowChange(
+                    op,
+                    change.key,
+                    None if before is None else self._codec.decode(before),
+                    None if change.value is None else self._codec.decode(change.value),
+                    change.revision,
+                    is_last,
+                )
+        finally:
+            await told.aclose()
 
     def subscribe(
         self,
@@ -341,31 +361,21 @@ class Collection(Generic[R]):
     ) -> Subscribed:
         """Call `callback` with a list of changes whenever rows change here, own writes included.
 
-        With `include_initial_state` the first call brings every row as an insert.
+        With `include_initial_state` the first call brings every row as an insert. What the
+        callback raises is logged.
         """
         wanted = self.filter()
-        test = None
+        test: Callable[[dict[str, Any]], object] | None = None
         if where is not None:
             node = predicate(where, self.fields)
             test = compile_predicate(node)
             allowed = tuple((n, tuple(v)) for n, v in sorted(equalities(node).items()))
             wanted = msgspec.structs.replace(wanted, where=allowed)
-        known: dict[tuple[str, str], StoredRow] = {}
-        is_first = True
-
-        def hear(events: Sequence[RowEvent]) -> None:
-            nonlocal is_first
-            told: list[RowChange[R]] = []
-            for event in events:
-                change = self._to_change(event, known, test)
-                if change is not None:
-                    told.append(change)
-            skip, is_first = is_first and not include_initial_state, False
-            if told and not skip:
-                callback(told)
-
-        site = self._sites.site_of(self._one_session())
-        return Subscribed(View(site.client, site.writes, wanted, hear))
+        views: list[View] = []
+        for site in self._sites.sites_of(self._one_session()):
+            listener = _Listener(self._codec, test, callback, is_silent=not include_initial_state)
+            views.append(View(site.client, site.writes, wanted, listener.hear))
+        return Subscribed(views)
 
     # For the layers above.
 
@@ -413,56 +423,69 @@ class Collection(Generic[R]):
             )
         return session, self._sites.site_of(session)
 
-    def _copy(self) -> View:
-        if self._view is None:
-            site = self._sites.site_of(self._one_session())
-            self._view = View(site.client, site.writes, self.filter(), _ignore)
-        return self._view
+    def _copy(self) -> list[View]:
+        if not self._views:
+            wanted = self.filter()
+            self._views = [
+                View(site.client, site.writes, wanted, _ignore)
+                for site in self._sites.sites_of(self._one_session())
+            ]
+        return self._views
+
+    def _is_ready(self) -> bool:
+        return bool(self._views) and all(view.is_ready for view in self._views)
 
     def _not_ready(self) -> NotReadyError:
         return NotReadyError(f"The rows of {self!r} are not here yet: await ready() first.")
 
-    def _stored(self) -> Iterator[tuple[str, StoredRow]]:
-        view = self._copy()
-        if not view.is_ready:
+    def _stored(self) -> list[tuple[tuple[str, str], StoredRow]]:
+        views = self._copy()
+        if not self._is_ready():
             raise self._not_ready()
-        site = self._sites.site_of(self._one_session())
-        places = dict.fromkeys([*view.synced, *site.writes.of_view(view)])
-        for session, key in sorted(places):
-            row, _ = view.look(session, key)
-            if row is not None:
-                yield key, row
+        found = [each for view in views for each in view.rows()]
+        if len(views) > 1:
+            found.sort(key=lambda each: each[0])
+        return found
 
-    def _decode(self, key: str, row: StoredRow) -> R:
-        known = self._decoded.get(key)
+    def _decode(self, place: tuple[str, str], row: StoredRow) -> R:
+        known = self._decoded.get(place)
         if known is not None and known[0] is row.value:
             return known[1]
         decoded = self._codec.decode(row.value)
-        if len(self._decoded) > 10_000:
+        if len(self._decoded) > MAX_DECODED:
             self._decoded.clear()
-        self._decoded[key] = (row.value, decoded)
+        self._decoded[place] = (row.value, decoded)
         return decoded
 
-    def _shown(self, session: str, site: Site, key: str) -> StoredRow | None:
-        group = current_group.get()
+    def _shown(self, session: str, site: Site, key: str, group: Group | None) -> StoredRow | None:
+        """Return a row as it shows here, None if it is gone or not known."""
         if group is not None and (self.name, key) in group.shown:
             value = group.shown[self.name, key]
             return None if value is None else StoredRow(0, value)
-        if self._view is not None and self._view.is_ready:
-            return self._view.look(session, key)[0]
+        if self._views and self._is_ready():
+            return self._views[0].look(session, key)[0]
         return site.writes.look(session, self.name, key, None)[0]
 
-    def _must_be_known(self, session: str, site: Site, key: str) -> None:
-        """Raise if this process knows that the row is not there."""
-        complete = self._view is not None and self._view.is_ready
-        if complete or site.writes.knows(session, self.name, key):
+    def _must_be_possible(self, session: str, site: Site, key: str, group: Group | None) -> None:
+        """Raise if this process knows that the row, which does not show, is not there."""
+        is_in_group = group is not None and (self.name, key) in group.shown
+        if is_in_group or self._is_ready() or site.writes.knows(session, self.name, key):
             raise KeyMissingError(
                 f"{self.name}[{key!r}] does not exist. Insert it first.",
                 collection=self.name,
                 key=key,
             )
 
-    def _run_draft(self, shown: StoredRow, fn: Callable[[Any], object]) -> dict[str, Any]:
+    def _run_draft(
+        self, key: str, shown: StoredRow | None, fn: Callable[[Any], object]
+    ) -> dict[str, Any]:
+        if inspect.iscoroutinefunction(fn):
+            raise TypeError("The function that changes a draft is a plain one, not async.")
+        if shown is None:
+            raise NotReadyError(
+                f"{self.name}[{key!r}] is not here yet, so there is no draft to change. Await "
+                f"ready() first, or give a mapping.",
+            )
         draft = Draft(self._codec.fields_of(shown.value))
         result = fn(draft)
         if inspect.isawaitable(result):
@@ -476,49 +499,55 @@ class Collection(Generic[R]):
         return lambda fields: test(cast("dict[str, Any]", fields)) is True
 
     def _write(
-        self, site: Site, session: str, intent: Patch, value: bytes | None, *, is_known: bool
+        self,
+        site: Site,
+        session: str,
+        intent: Patch,
+        values: Mapping[str, bytes | None],
+        group: Group | None,
     ) -> Transaction:
         transaction = Transaction(session, [intent], site.client, site.writes)
-        shown = [value] if is_known else []
-        group = self._group(session)
         if group is not None:
-            return self._join(group, transaction, [intent], shown)
-        return self._run(site, transaction, [intent], shown)
+            self._join(group, transaction, [intent], values)
+            return transaction
+        owner = site.writes.latest_owner(session, self.name, intent.key)
+        earlier = [owner] if isinstance(owner, Transaction) else []
+        self._run(site, transaction, [intent], values, earlier)
+        return transaction
 
     def _run(
         self,
         site: Site,
         transaction: Transaction,
         intents: Sequence[Intent],
-        shown: Sequence[bytes | None],
-    ) -> Transaction:
-        session, name = transaction.session, self.name
-        owners = [site.writes.latest_owner(session, name, intent.key) for intent in intents]
-        earlier = [owner for owner in owners if isinstance(owner, Transaction)]
-        for intent, value in zip(intents, shown, strict=False):
-            transaction.show(intent, value)
-        site.spawn(transaction.run(self._base, earlier))
-        return transaction
+        values: Mapping[str, bytes | None],
+        earlier: Sequence[Transaction],
+    ) -> None:
+        for intent in intents:
+            if intent.key in values:
+                transaction.show(intent, values[intent.key])
+        site.spawn(transaction.run(self._known, earlier))
 
     def _join(
         self,
         group: Group,
         transaction: Transaction,
         intents: Sequence[Intent],
-        shown: Sequence[bytes | None],
-    ) -> Transaction:
+        values: Mapping[str, bytes | None],
+    ) -> None:
         transaction.is_part = True
         group.intents += intents
-        for intent, value in zip(intents, shown, strict=False):
-            group.shown[self.name, intent.key] = value
-        return transaction
+        for key, value in values.items():
+            group.shown[self.name, key] = value
 
-    def _group(self, session: str) -> Group | None:
+    def _group(self, session: str, *, is_writing: bool = True) -> Group | None:
         """Return the group that a write to this session takes part in, if there is one."""
         group = current_group.get()
-        if group is None or group.session == session:
+        if group is None or not group.is_open:
+            return None
+        if group.session == session:
             return group
-        if not group.takes_all:
+        if not group.takes_all or not is_writing:
             return None
         raise ConfigError(
             f"A transaction of {group.session!r} cannot write to {session!r}: only writes of one "
@@ -526,36 +555,56 @@ class Collection(Generic[R]):
             code="one_session",
         )
 
-    def _base(self, intent: Patch) -> StoredRow | None:
-        """Return the synced row that this process knows, for a first try without asking."""
+    def _known(self, intent: Patch) -> StoredRow | None:
         session = self._one_session()
+        if self._is_ready():
+            return self._views[0].durable(session, intent.key)
         site = self._sites.site_of(session)
-        if self._view is not None and self._view.is_ready:
-            synced = self._view.synced.get((session, intent.key))
-        else:
-            synced = None
-        return site.writes.durable(session, intent.collection, intent.key, synced)
+        return site.writes.durable(session, intent.collection, intent.key, None)
 
-    def _to_change(
+
+class _Listener(Generic[R]):
+    """Turns what a view sees into changes for a callback."""
+
+    def __init__(
         self,
-        event: RowEvent,
-        known: dict[tuple[str, str], StoredRow],
+        codec: RowCodec[R],
         test: Callable[[dict[str, Any]], object] | None,
-    ) -> RowChange[R] | None:
+        callback: Callable[[list[RowChange[R]]], object],
+        *,
+        is_silent: bool,
+    ) -> None:
+        self._codec = codec
+        self._test = test
+        self._callback = callback
+        self._is_silent = is_silent
+        self._known: dict[tuple[str, str], StoredRow] = {}
+
+    def hear(self, events: Sequence[RowEvent]) -> None:
+        """Tell the callback what changed; the first events are the rows that are there."""
+        is_silent, self._is_silent = self._is_silent, False
+        told: list[RowChange[R]] = []
+        for event in events:
+            change = self._advance(event, is_silent=is_silent)
+            if change is not None:
+                told.append(change)
+        if told:
+            self._callback(told)
+
+    def _advance(self, event: RowEvent, *, is_silent: bool) -> RowChange[R] | None:
         place = (event.session, event.key)
         row = event.row
-        if row is not None and test is not None:
-            row = row if test(msgspec.json.decode(row.value)) is True else None
-        before = known.pop(place, None)
+        if row is not None and self._test is not None:
+            row = row if self._test(msgspec.json.decode(row.value)) is True else None
+        before = self._known.pop(place, None)
         if row is not None:
-            known[place] = row
-        if row is None and before is None:
+            self._known[place] = row
+        if is_silent or (row is None and before is None):
             return None
         if row is not None and before is not None and row.value == before.value:
             return None
-        op = "insert" if before is None else "delete" if row is None else "update"
         return RowChange(
-            op,
+            "insert" if before is None else "delete" if row is None else "update",
             event.key,
             None if before is None else self._codec.decode(before.value),
             None if row is None else self._codec.decode(row.value),
@@ -592,6 +641,10 @@ class Draft:
         fields: dict[str, Any] = object.__getattribute__(self, "_fields")
         before: Mapping[str, Any] = object.__getattribute__(self, "_before")
         return {n: v for n, v in fields.items() if n not in before or before[n] != v}
+
+
+def _is_many(rows: object) -> bool:
+    return isinstance(rows, list | tuple)
 
 
 def _ignore(events: Sequence[RowEvent]) -> None:

@@ -3,12 +3,15 @@
 Chunks travel and rest as two columns (type code, payload). Nothing here makes an object a chunk.
 """
 
+# The stubs of pyarrow leave parts of many overloads unknown.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import sys
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from aidb_ray.store.changes import ChunkColumns
 
@@ -79,8 +82,8 @@ def to_arrow(parts: Sequence[ChunkColumns]) -> pa.RecordBatch:
 
     from aidb_ray.store.log import CHUNK_SCHEMA
 
-    types: list[pa.Array] = []
-    payloads: list[pa.Array] = []
+    types: list[pa.Array[Any]] = []
+    payloads: list[pa.Array[Any]] = []
     for part in parts:
         count = len(part.types)
         types.append(
@@ -97,12 +100,11 @@ def to_arrow(parts: Sequence[ChunkColumns]) -> pa.RecordBatch:
 
 def from_arrow(batch: pa.RecordBatch) -> ChunkColumns:
     """Return the columns of a record batch, or of a slice of one."""
-    import pyarrow as pa
-
     count = batch.num_rows
     if count == 0:
         return EMPTY
-    types, payload = batch.column(0), batch.column(1)
+    types = cast("pa.Array[Any]", batch.column(0))
+    payload = cast("pa.Array[Any]", batch.column(1))
     codes = types.buffers()[1]
     offsets, data = payload.buffers()[1:]
     assert codes is not None
@@ -114,5 +116,4 @@ def from_arrow(batch: pa.RecordBatch) -> ChunkColumns:
         ends[1:].tobytes() if begin == 0 else array("i", [e - begin for e in ends[1:]]).tobytes()
     )
     text = b"" if data is None else bytes(memoryview(data)[begin:stop])
-    del pa
     return ChunkColumns(bytes(memoryview(codes)[types.offset : types.offset + count]), moved, text)

@@ -69,17 +69,27 @@ class Meta:
 
 
 class StoreDirectory:
-    """Paths and META of a data directory."""
+    """Paths and META of a data directory.
+
+    Attributes:
+        filesystem_type: Where it lies, such as `ext4`; known once it was checked.
+    """
 
     def __init__(self, path: Path, files: FileSystem) -> None:
         self.path = path
         self.files = files
         self.log = path / "log"
         self.snapshots = path / "snap"
+        self.filesystem_type = "unknown"
         self._meta = path / "META"
 
-    def check(self) -> str:
-        """Return the type of the file system, after refusing a place that cannot be used."""
+    def check(self) -> None:
+        """Refuse a place that cannot be used.
+
+        Raises:
+            StoreMismatchError: there is nothing.
+            ConfigError: it is a link, no directory, or on a network file system.
+        """
         try:
             if not self.files.is_directory(self.path):
                 raise ConfigError(
@@ -93,14 +103,13 @@ class StoreDirectory:
                 f"moved or its disk is not mounted, bring it back.",
                 code="store_missing",
             ) from None
-        kind = self.files.filesystem_type(self.path)
+        kind = self.filesystem_type = self.files.filesystem_type(self.path)
         if kind in _NETWORK_TYPES:
             raise ConfigError(
                 f"The data directory {str(self.path)!r} is on the network file system {kind!r}, "
                 f"whose locks and syncs cannot be relied on. Use a local disk.",
                 code="data_dir_refused",
             )
-        return kind
 
     def read_meta(self) -> Meta:
         """Read META.

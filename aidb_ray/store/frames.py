@@ -231,7 +231,11 @@ def is_torn_payload(data: bytes | memoryview, offset: int, header: FrameHeader) 
 
 
 def encode_payload(frame: Frame) -> bytes:
-    """Return the payload of a data frame."""
+    """Return the payload of a data frame.
+
+    Raises:
+        ValueError: it has more than 256 MiB, or chunks of another schema.
+    """
     rows = frame.rows
     arrays = [
         pa.array(rows.revisions, pa.int64()),
@@ -242,11 +246,14 @@ def encode_payload(frame: Frame) -> bytes:
         pa.array(rows.values, pa.binary()),
     ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA).serialize()
-    if frame.chunks is None:
-        return join_payload(batch, b"")
-    if frame.chunks.schema != CHUNK_SCHEMA:
-        raise ValueError(f"chunks must have the schema {CHUNK_SCHEMA}, not {frame.chunks.schema}")
-    return join_payload(batch, frame.chunks.serialize())
+    chunks: bytes | pa.Buffer = b""
+    if frame.chunks is not None:
+        if frame.chunks.schema != CHUNK_SCHEMA:
+            raise ValueError(f"chunks must have the schema {CHUNK_SCHEMA}")
+        chunks = frame.chunks.serialize()
+    if joined_size(len(batch), len(chunks)) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"a frame of {len(batch) + len(chunks)} bytes is too large")
+    return join_payload(batch, chunks)
 
 
 def joined_size(rows: int, chunks: int) -> int:

@@ -1,29 +1,34 @@
 """What this process sees of a partition: rows that the feed brought, under its own writes.
 
-A write shows at once and is not synced; when it is durable it counts as a synced row of its
-revision until the feed brings that revision or a later one; when it is refused it goes, and with
-it the writes that were made on top of it.
+A write shows at once and is not synced. When it is durable it counts as a synced row of its
+revision; where the feed has come that far, the feed's word counts. When it is refused it goes, and
+with it the writes that were made on top of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-import msgspec
+from typing import NamedTuple, TypeAlias
 
 from aidb_ray.store.changes import Change, Filter, FoundRow, StoredRow, bucket_of
 from aidb_ray.store.client import StoreClient
+from aidb_ray.store.matching import make_row_test
 from aidb_ray.store.subscription import Subscription
 
-_decode = msgspec.json.Decoder(dict[str, Any]).decode
+logger = logging.getLogger(__name__)
 
 MAX_OWN_ROWS = 10_000
-"""Durable own writes kept for collections that this process does not follow."""
+MAX_OWN_BYTES = 16 << 20
+"""Durable own writes kept, for collections that this process does not follow."""
 
 Place: TypeAlias = tuple[str, str]
 """(session, key)"""
+
+Where: TypeAlias = tuple[str, str, str]
+"""(session, collection, key)"""
 
 
 class RowEvent(NamedTuple):
@@ -62,9 +67,10 @@ class LocalWrites:
     """The own writes of this process to one partition, and the views that show them."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, str, str], _Own] = {}
-        self._durable: dict[tuple[str, str, str], None] = {}
-        self._views: dict[str, list[View]] = {}
+        self._rows: dict[Where, _Own] = {}
+        self._durable: OrderedDict[Where, None] = OrderedDict()
+        self._durable_bytes = 0
+        self._views: dict[tuple[str, str | None], dict[View, None]] = {}
 
     def add(
         self, session: str, collection: str, key: str, value: bytes | None, owner: object
@@ -76,7 +82,8 @@ class LocalWrites:
             own = self._rows[where] = _Own()
         write = Write(value, owner)
         own.outstanding.append(write)
-        self._tell(where)
+        if self._views:
+            self._tell(where)
         return write
 
     def succeed(self, session: str, collection: str, key: str, write: Write, revision: int) -> None:
@@ -84,13 +91,9 @@ class LocalWrites:
         where = (session, collection, key)
         own = self._rows[where]
         own.outstanding.remove(write)
-        if own.durable is None or own.durable[0] < revision:
-            own.durable = (revision, write.value)
-            self._durable.pop(where, None)
-            self._durable[where] = None
-            if len(self._durable) > MAX_OWN_ROWS:
-                self._forget(next(iter(self._durable)))
-        self._tell(where)
+        self._keep(where, own, revision, write.value)
+        if self._views:
+            self._tell(where)
 
     def fail(self, session: str, collection: str, key: str, write: Write) -> None:
         """Take back a write that was refused."""
@@ -100,6 +103,13 @@ class LocalWrites:
         if not own.outstanding and own.durable is None:
             del self._rows[where]
         self._tell(where)
+
+    def hear(self, change: Change) -> None:
+        """Take in what the feed says of a row that was written here lately."""
+        where = (change.session, change.collection, change.key)
+        own = self._rows.get(where)
+        if own is not None and own.durable is not None:
+            self._keep(where, own, change.revision, change.value)
 
     def latest_owner(self, session: str, collection: str, key: str) -> object | None:
         """Return the transaction of the newest outstanding write of a row, if there is one."""
@@ -112,73 +122,103 @@ class LocalWrites:
         return own is not None and bool(own.outstanding)
 
     def look(
-        self, session: str, collection: str, key: str, synced: StoredRow | None
+        self, session: str, collection: str, key: str, synced: StoredRow | None, told: int = 0
     ) -> tuple[StoredRow | None, bool]:
-        """Return the row that shows, given the one the feed brought, and whether it is synced."""
+        """Return the row that shows, and whether it is synced.
+
+        `synced` is the row as the feed has it at revision `told`: it knows better than durable
+        writes up to there.
+        """
         own = self._rows.get((session, collection, key))
         if own is None:
             return synced, True
+        base = _newer(own, synced, told)
         if own.outstanding:
             value = own.outstanding[-1].value
-            base = max(synced.revision if synced else 0, own.durable[0] if own.durable else 0)
-            return (None if value is None else StoredRow(base, value)), False
-        return _newer(own, synced), True
+            revision = base.revision if base is not None else 0
+            return (None if value is None else StoredRow(revision, value)), False
+        return base, True
 
     def durable(
-        self, session: str, collection: str, key: str, synced: StoredRow | None
+        self, session: str, collection: str, key: str, synced: StoredRow | None, told: int = 0
     ) -> StoredRow | None:
-        """Return the newest durable row that this process knows of."""
+        """Return the newest durable row that this process knows of. See `look`."""
         own = self._rows.get((session, collection, key))
-        return synced if own is None else _newer(own, synced)
+        return synced if own is None else _newer(own, synced, told)
 
     def knows(self, session: str, collection: str, key: str) -> bool:
         """Whether this process wrote the row lately, so that it can be read unsynced."""
         return (session, collection, key) in self._rows
 
-    def keys(self, session: str, collection: str) -> list[str]:
-        """Return keys of rows of one collection that this process wrote lately."""
-        return [k for s, c, k in self._rows if s == session and c == collection]
-
-    def settle(self, session: str, collection: str, key: str, revision: int) -> None:
-        """Forget a durable write that the feed has caught up with."""
-        where = (session, collection, key)
-        own = self._rows.get(where)
-        if own is not None and own.durable is not None and own.durable[0] <= revision:
-            self._forget(where)
-
     def attach(self, view: View) -> None:
         """Tell a view of own writes to its collection from now on."""
-        self._views.setdefault(view.filter.collection, []).append(view)
+        place = (view.filter.collection, view.filter.session)
+        self._views.setdefault(place, {})[view] = None
 
     def detach(self, view: View) -> None:
         """Stop telling a view."""
-        self._views[view.filter.collection].remove(view)
+        place = (view.filter.collection, view.filter.session)
+        views = self._views.get(place, {})
+        views.pop(view, None)
+        if not views:
+            self._views.pop(place, None)
 
-    def of_view(self, view: View) -> list[tuple[str, str]]:
-        """Return (session, key) of own writes that a view covers."""
-        collection = view.filter.collection
-        return [(s, k) for s, c, k in self._rows if c == collection and view.covers(s)]
+    def places(self, wanted: Filter) -> list[Place]:
+        """Return (session, key) of own writes in the sessions that a filter covers."""
+        if wanted.buckets is None:
+            return [
+                (s, k) for s, c, k in self._rows if c == wanted.collection and wanted.covers(s, 0)
+            ]
+        return [
+            (s, k)
+            for s, c, k in self._rows
+            if c == wanted.collection and wanted.covers(s, bucket_of(s))
+        ]
 
-    def _forget(self, where: tuple[str, str, str]) -> None:
-        self._durable.pop(where, None)
-        own = self._rows.get(where)
-        if own is not None:
-            own.durable = None
-            if not own.outstanding:
-                del self._rows[where]
+    def show(self, wanted: Filter, rows: Sequence[FoundRow], revision: int) -> list[RowEvent]:
+        """Return the rows that a filter found at `revision` as they show under own writes."""
+        synced = {(row.session, row.key): StoredRow(row.revision, row.value) for row in rows}
+        return [
+            RowEvent(
+                *place,
+                *self.look(place[0], wanted.collection, place[1], synced.get(place), revision),
+            )
+            for place in dict.fromkeys([*synced, *self.places(wanted)])
+        ]
 
-    def _tell(self, where: tuple[str, str, str]) -> None:
+    def _keep(self, where: Where, own: _Own, revision: int, value: bytes | None) -> None:
+        if own.durable is not None:
+            if own.durable[0] >= revision:
+                return
+            self._durable_bytes -= len(own.durable[1] or b"")
+        own.durable = (revision, value)
+        self._durable_bytes += len(value or b"")
+        self._durable[where] = None
+        self._durable.move_to_end(where)
+        while len(self._durable) > MAX_OWN_ROWS or self._durable_bytes > MAX_OWN_BYTES:
+            self._forget(self._durable.popitem(last=False)[0])
+
+    def _forget(self, where: Where) -> None:
+        own = self._rows[where]
+        assert own.durable is not None
+        self._durable_bytes -= len(own.durable[1] or b"")
+        own.durable = None
+        if not own.outstanding:
+            del self._rows[where]
+
+    def _tell(self, where: Where) -> None:
         session, collection, key = where
-        for view in self._views.get(collection, ()):
-            if view.covers(session):
-                view.own_write(session, key)
+        for place in ((collection, session), (collection, None)):
+            for view in tuple(self._views.get(place, ())):
+                if view.covers(session):
+                    view.own_write(session, key)
 
 
-def _newer(own: _Own, synced: StoredRow | None) -> StoredRow | None:
+def _newer(own: _Own, synced: StoredRow | None, told: int) -> StoredRow | None:
     if own.durable is None:
         return synced
     revision, value = own.durable
-    if synced is not None and synced.revision >= revision:
+    if revision <= told or (synced is not None and synced.revision >= revision):
         return synced
     return None if value is None else StoredRow(revision, value)
 
@@ -187,7 +227,8 @@ class View:
     """The rows of one filter as this process sees them, kept current.
 
     `on_events` hears every row at first, then each that changes. A row that no longer passes
-    `filter.where` counts as gone; own writes are shown whether they pass or not.
+    `filter.where` counts as gone; an own write is shown whether it passes or not, until the feed
+    has come that far.
     """
 
     def __init__(
@@ -201,11 +242,12 @@ class View:
     ) -> None:
         self.filter = wanted
         self.synced: dict[Place, StoredRow] = {}
+        self.revision = 0
         self._client = client
         self._writes = writes
         self._on_events = on_events
         self._shows_writes = shows_writes
-        self.revision = 0
+        self._test = make_row_test(wanted)
         self.subscription: Subscription = client.feed.subscribe(
             wanted, self._on_changes, self._on_rows
         )
@@ -220,20 +262,47 @@ class View:
     def is_ready(self) -> bool:
         """Whether the rows have arrived."""
         ready = self.subscription.ready
-        return ready.done() and not ready.cancelled()
+        return ready.done() and ready.exception() is None
 
     async def ready(self) -> None:
-        """Wait until the rows have arrived."""
-        ready = self.subscription.ready
-        if not ready.done():
-            await asyncio.shield(ready)
+        """Wait until the rows have arrived.
+
+        Raises:
+            NotReadyError: the view was closed before.
+            StorageError: the store cannot be opened.
+        """
+        await asyncio.shield(self.subscription.ready)
+
+    @property
+    def told(self) -> int:
+        """Revision up to which the feed has told this view everything."""
+        if not self.is_ready or self.subscription.held is not None:
+            return self.revision
+        return max(self.revision, self._client.feed.cursor)
 
     def look(self, session: str, key: str) -> tuple[StoredRow | None, bool]:
         """Return one row as it shows, and whether it is synced."""
         synced = self.synced.get((session, key))
         if not self._shows_writes:
             return synced, True
-        return self._writes.look(session, self.filter.collection, key, synced)
+        return self._writes.look(session, self.filter.collection, key, synced, self.told)
+
+    def durable(self, session: str, key: str) -> StoredRow | None:
+        """Return the newest durable row that this process knows of."""
+        synced = self.synced.get((session, key))
+        return self._writes.durable(session, self.filter.collection, key, synced, self.told)
+
+    def rows(self) -> list[tuple[Place, StoredRow]]:
+        """Return the rows that show, in order of (session, key)."""
+        places = set(self.synced)
+        if self._shows_writes:
+            places.update(self._writes.places(self.filter))
+        found: list[tuple[Place, StoredRow]] = []
+        for place in sorted(places):
+            row, _ = self.look(*place)
+            if row is not None:
+                found.append((place, row))
+        return found
 
     def close(self) -> None:
         """Stop following."""
@@ -244,30 +313,32 @@ class View:
     def own_write(self, session: str, key: str) -> None:
         """Hear that this process wrote a row, or that the write was settled."""
         if self.is_ready:
-            self._on_events([RowEvent(session, key, *self.look(session, key))])
+            try:
+                self._on_events([RowEvent(session, key, *self.look(session, key))])
+            except Exception:
+                # Who listens must not keep others from writing.
+                logger.exception("a subscriber failed")
 
     def _on_rows(self, rows: Sequence[FoundRow], revision: int) -> None:
-        gone = self.synced.keys() - {(row.session, row.key) for row in rows}
+        before = self.synced
         self.synced = {(row.session, row.key): StoredRow(row.revision, row.value) for row in rows}
         self.revision = revision
-        places = dict.fromkeys([*gone, *self.synced])
+        places = dict.fromkeys([*self.synced, *before])
         if self._shows_writes:
-            places.update(dict.fromkeys(self._writes.of_view(self)))
+            places.update(dict.fromkeys(self._writes.places(self.filter)))
         self._on_events([RowEvent(*place, *self.look(*place)) for place in places])
 
     def _on_changes(self, changes: Sequence[Change]) -> None:
-        collection = self.filter.collection
         changed: dict[Place, None] = {}
-        accepts = self.filter.accepts if self.filter.where else None
+        test = self._test
         for change in changes:
             place = (change.session, change.key)
-            if change.value is None or (accepts and not accepts(_decode(change.value))):
+            if change.value is None or (test is not None and not test.accepts(change.value)):
                 self.synced.pop(place, None)
             else:
                 self.synced[place] = StoredRow(change.revision, change.value)
             if self._shows_writes:
-                self._writes.settle(change.session, collection, change.key, change.revision)
+                self._writes.hear(change)
             changed[place] = None
-        if changes:
-            self.revision = changes[-1].revision
+        self.revision = max(self.revision, changes[-1].revision)
         self._on_events([RowEvent(*place, *self.look(*place)) for place in changed])

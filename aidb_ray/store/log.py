@@ -117,7 +117,6 @@ class CommitLog:
         snapshots: Snapshots,
         *,
         torn_bytes: int,
-        filesystem_type: str,
     ) -> None:
         self._home = home
         self._files = home.files
@@ -126,7 +125,7 @@ class CommitLog:
         self._writer = writer
         self._snapshots = snapshots
         self._chunks = ChunkReader(home.files, home.log, meta.salt)
-        self._stats = LogStats(filesystem_type=filesystem_type)
+        self._stats = LogStats(filesystem_type=home.filesystem_type)
         self.torn_bytes = torn_bytes
 
     @classmethod
@@ -154,12 +153,12 @@ class CommitLog:
         home = StoreDirectory(directory, files)
         lock: DirectoryLock | None = None
         try:
-            filesystem_type = home.check()
+            home.check()
             lock = DirectoryLock(directory, files)
             meta = home.read_meta()
             _check_identity(meta, expected_uuid, directory)
             reserve = SpaceReserve(directory, files, reserve_bytes)
-            return cls._recover(home, lock, meta, segment_bytes, reserve, filesystem_type)
+            return cls._recover(home, lock, meta, segment_bytes, reserve)
         except BaseException as error:
             if lock is not None:
                 lock.release()
@@ -175,9 +174,11 @@ class CommitLog:
         meta: Meta,
         segment_bytes: int,
         reserve: SpaceReserve,
-        filesystem_type: str,
     ) -> CommitLog:
         home.remove_drafts()
+        # A life before may have failed at this, and still sees names that are not on disk.
+        for directory in (home.log, home.snapshots):
+            home.files.sync_directory(directory)
         snapshots = Snapshots(home.files, home.snapshots, meta.salt)
         latest = snapshots.latest
         watermark = Position(meta.durable_segment, meta.durable_offset)
@@ -221,10 +222,10 @@ class CommitLog:
                 writer,
                 snapshots,
                 torn_bytes=recovered.torn_bytes,
-                filesystem_type=filesystem_type,
             )
             log._note_durable()
-            reserve.restore()
+            if not reserve.restore():
+                logger.warning("no space for the reserve", extra={"path": str(home.path)})
         except BaseException:
             writer.close()
             raise

@@ -17,6 +17,8 @@ from aidb_ray.store.frames import (
     HEADER_SIZE,
     FrameHeader,
     FrameKind,
+    frame_size,
+    is_intact,
     is_torn_header,
     is_torn_payload,
 )
@@ -140,7 +142,11 @@ def _check_closed(
         for _ in walk:
             pass
         seal = reader.header(successor.prev_end)
-        is_sealed = seal is not None and seal.kind == FrameKind.SEAL
+        is_sealed = (
+            seal is not None
+            and seal.kind == FrameKind.SEAL
+            and is_intact(reader.payload(successor.prev_end, seal), seal)
+        )
     tail = walk.tail
     expected = (successor.prev_end, successor.next_revision - 1, successor.prev_chain)
     if (tail.offset, tail.revision, tail.chain) != expected:
@@ -205,7 +211,7 @@ def _judge_end(reader: SegmentReader, walk: SegmentWalk, watermark: Position) ->
     if data_end == offset and not is_below:
         return 0
     later = reader.find_header(offset + 8)
-    if not is_below and later is None and _is_torn(reader, walk, offset):
+    if not is_below and later is None and _is_torn(reader, walk, data_end):
         return data_end - offset
     if later is None:
         last_revision = walk.broken.next_revision - 1 if walk.broken else 0
@@ -223,11 +229,13 @@ def _judge_end(reader: SegmentReader, walk: SegmentWalk, watermark: Position) ->
     )
 
 
-def _is_torn(reader: SegmentReader, walk: SegmentWalk, offset: int) -> bool:
-    """Return whether the frame at `offset` is what a crash leaves of a write."""
+def _is_torn(reader: SegmentReader, walk: SegmentWalk, data_end: int) -> bool:
+    """Return whether the frame after the last good one is what a crash leaves of a write."""
+    offset = walk.tail.offset
     if reader.header(offset) is None:
         return is_torn_header(reader.view(offset, HEADER_SIZE), offset)
     header = walk.broken
-    if header is None:
+    if header is None or data_end > offset + frame_size(header.payload_size):
+        # A write that something follows was finished.
         return False
     return is_torn_payload(reader.payload(offset, header), offset + HEADER_SIZE, header)

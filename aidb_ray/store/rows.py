@@ -6,17 +6,30 @@ Any pydantic model, dataclass or TypedDict may be a row type; without one a row 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from datetime import datetime
 from functools import lru_cache
 from types import UnionType
-from typing import Any, Generic, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
+from aidb_ray.contracts import MAX_KEY_LENGTH
 from aidb_ray.errors import ConfigError, ContractError
 from aidb_ray.expressions import Field, Fields
+from aidb_ray.store.changes import MAX_ROW_BYTES
 
 T = TypeVar("T")
 
@@ -25,8 +38,11 @@ _CODES = {
     "missing": "missing_field",
     "string_unicode": "invalid_unicode",
     "finite_number": "invalid_number",
+    "int_parsing_size": "invalid_number",
     "timezone_aware": "timezone_required",
+    "recursion_loop": "too_deep",
 }
+_LEAST_INT, _GREATEST_INT = -(1 << 63), (1 << 64) - 1
 _decode_dict = msgspec.json.Decoder(dict[str, Any]).decode
 
 
@@ -42,14 +58,21 @@ class RowCodec(Generic[T]):
         self.key_field = key_field
         self.wire_names: Mapping[str, str] | None = None
         self.fields: Fields | None = None
-        self._adapter: TypeAdapter[T] | None = None
+        self._untyped: tuple[str, ...] = ()
+        self._has_numbers = False
         if row_type is not None:
-            self._adapter = TypeAdapter(row_type)
-            self._validate = self._adapter.validator.validate_python
-            self._validate_json = self._adapter.validator.validate_json
-            self._serialize = self._adapter.serializer.to_json
+            adapter: TypeAdapter[T] = TypeAdapter(row_type)
+            self._validate = adapter.validator.validate_python
+            self._validate_json = adapter.validator.validate_json
+            self._serialize = adapter.serializer.to_json
             self.wire_names = _wire_names(row_type)
+            self._python_names = {wire: name for name, wire in self.wire_names.items()}
             self.fields = _fields(row_type)
+            hints = get_type_hints(row_type, include_extras=True)
+            self._untyped = tuple(n for n in self.wire_names if _is_untyped(hints.get(n)))
+            self._has_numbers = any(
+                _has_numbers(hints.get(n)) for n in self.wire_names if n not in self._untyped
+            )
             if key_field not in self.wire_names:
                 raise ConfigError(
                     f"{row_type.__name__} has no field {key_field!r} to be the key.",
@@ -65,40 +88,60 @@ class RowCodec(Generic[T]):
         """
         if self.row_type is None:
             return self._encode_dict(collection, row)
+        if not isinstance(row, dict) and isinstance(row, Mapping):
+            row = dict(cast("Mapping[str, Any]", row))
         try:
             model = self._validate(row)
-            key = self._key_of(model)
-            return key, self._serialize(model, by_alias=True)
+            for name in self._untyped:
+                self._check_json(collection, _get(model, name), name)
+            key = self._checked_key(collection, _get(model, self.key_field))
+            value = self._serialize(model, by_alias=True, warnings="error")
         except ValidationError as error:
-            raise _contract_error(error, collection) from None
+            raise self._contract_error(error, collection) from None
         except (ValueError, TypeError) as error:
             # pydantic_core's PydanticSerializationError is a ValueError.
-            raise ContractError(
-                f"A row of {collection!r} cannot be stored: {error}",
-                code="not_serializable",
-                collection=collection,
-            ) from error
+            raise _unstorable(collection, "", (), str(error)) from error
+        return key, self._checked(collection, key, value)
 
-    def patch(self, collection: str, stored: bytes, changes: Mapping[str, Any], key: str) -> bytes:
-        """Return stored JSON with `changes` (Python names) made.
+    def prepare(self, collection: str, changes: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Return changes (Python names) as values of JSON by stored name.
+
+        They are copies: what the caller does to theirs afterwards has no effect.
 
         Raises:
-            ContractError: the result does not fit the row type, or the key would change.
+            ContractError: there is no such field, or JSON cannot hold the value.
         """
-        fields = _decode_dict(stored)
         names = self.wire_names
+        prepared: dict[str, Any] = {}
         for name, value in changes.items():
             wire = name if names is None else names.get(name)
             if wire is None:
-                known = ", ".join(names or ())
                 raise ContractError(
-                    f"Rows of {collection!r} have no field {name!r}; they have {known}.",
+                    f"Rows of {collection!r} have no field {name!r}; they have "
+                    f"{', '.join(names or ())}.",
                     code="extra_forbidden",
                     collection=collection,
                     key=key,
                     loc=(name,),
                 )
-            fields[wire] = value if names is None else _to_json_value(value, collection, name)
+            if names is None or name in self._untyped:
+                self._check_json(collection, value, name, key)
+                prepared[wire] = deepcopy(value)
+                continue
+            try:
+                prepared[wire] = to_jsonable_python(value, by_alias=True)
+            except (ValueError, TypeError) as error:
+                raise _unstorable(collection, key, (name,), str(error)) from error
+            self._check_json(collection, prepared[wire], name, key)
+        return prepared
+
+    def patch(self, collection: str, stored: bytes, changes: Mapping[str, Any], key: str) -> bytes:
+        """Return stored JSON with prepared changes made.
+
+        Raises:
+            ContractError: the result does not fit the row type, or the key would change.
+        """
+        fields = {**_decode_dict(stored), **changes}
         if fields.get(self._wire_key) != key:
             raise ContractError(
                 f"The key of {collection}[{key!r}] cannot change; insert a new row instead.",
@@ -112,15 +155,24 @@ class RowCodec(Generic[T]):
         try:
             # JSON on both sides: strict validation takes a stored time as text only from JSON.
             model = self._validate_json(msgspec.json.encode(fields))
-            return self._serialize(model, by_alias=True)
         except ValidationError as error:
-            raise _contract_error(error, collection, key) from None
+            raise self._contract_error(error, collection, key) from None
+        return self._checked(collection, key, self._serialize(model, by_alias=True))
 
     def decode(self, stored: bytes) -> T:
-        """Return the row as its type."""
+        """Return the row as its type.
+
+        Raises:
+            ContractError: `invalid_row`: it was stored under another type.
+        """
         if self.row_type is None:
             return cast("T", _decode_dict(stored))
-        return self._validate_json(stored, strict=False)
+        try:
+            return self._validate_json(stored, strict=False)
+        except ValidationError as error:
+            raise ContractError(
+                f"A stored row is no {self.row_type.__name__}: {error}", code="invalid_row"
+            ) from None
 
     def fields_of(self, stored: bytes) -> dict[str, Any]:
         """Return the row's values by Python name, typed as in the row type."""
@@ -130,34 +182,16 @@ class RowCodec(Generic[T]):
         return {name: getattr(decoded, name) for name in self.wire_names or {}}
 
     def decode_fields(self, fields: Mapping[str, Any]) -> T:
-        """Return a row from its decoded fields (wire names)."""
+        """Return a row from its decoded fields (wire names). See `decode`."""
         if self.row_type is None:
             return cast("T", dict(fields))
-        return self._validate_json(msgspec.json.encode(fields), strict=False)
-
-    def _key_of(self, model: T) -> str:
-        if isinstance(model, Mapping):
-            mapping = cast("Mapping[str, Any]", model)
-            return cast("str", mapping[self.key_field])
-        return cast("str", getattr(model, self.key_field))
+        return self.decode(msgspec.json.encode(fields))
 
     def _encode_dict(self, collection: str, row: object) -> tuple[str, bytes]:
         if not isinstance(row, Mapping):
-            raise ContractError(
-                f"A row of {collection!r} is a mapping, not {type(row).__name__}.",
-                code="not_serializable",
-                collection=collection,
-            )
-        fields = cast("Mapping[str, Any]", row)
-        problem = _find_problem(fields, (), 0)
-        if problem is not None:
-            code, loc, words = problem
-            raise ContractError(
-                f"{'.'.join(map(str, loc))} in a row of {collection!r} {words}.",
-                code=code,
-                collection=collection,
-                loc=loc,
-            )
+            raise _unstorable(collection, "", (), f"it is a {type(row).__name__}, no mapping")
+        fields = dict(cast("Mapping[str, Any]", row))
+        self._check_json(collection, fields)
         key = fields.get(self.key_field)
         if key is None:
             raise ContractError(
@@ -166,14 +200,84 @@ class RowCodec(Generic[T]):
                 collection=collection,
                 loc=(self.key_field,),
             )
-        if not isinstance(key, str) or not key or len(key) > 1024 or "\0" in key:
+        key = self._checked_key(collection, key)
+        try:
+            value = msgspec.json.encode(fields)
+        except TypeError as error:
+            # Subclasses of str and int look like JSON.
+            raise _unstorable(collection, key, (), str(error)) from error
+        return key, self._checked(collection, key, value)
+
+    def _checked_key(self, collection: str, key: object) -> str:
+        if not isinstance(key, str) or not key or len(key) > MAX_KEY_LENGTH or "\0" in key:
+            shown = repr(key)
             raise ContractError(
-                f"The key of a row is 1 to 1,024 characters without NUL, not {key!r}.",
+                f"The key of a row is 1 to {MAX_KEY_LENGTH} characters without NUL, not "
+                f"{shown if len(shown) < 100 else shown[:100] + '...'}.",
                 code="invalid_id",
                 collection=collection,
                 loc=(self.key_field,),
             )
-        return key, msgspec.json.encode(fields)
+        return key
+
+    def _checked(self, collection: str, key: str, value: bytes) -> bytes:
+        if len(value) > MAX_ROW_BYTES:
+            raise ContractError(
+                f"{collection}[{key!r}] has {len(value)} bytes; {MAX_ROW_BYTES} are allowed.",
+                code="row_too_large",
+                collection=collection,
+                key=key,
+            )
+        if self._has_numbers:
+            # Python's integers have no end, and pydantic writes them all.
+            try:
+                fields: object = _decode_dict(value)
+            except msgspec.MsgspecError as error:
+                raise ContractError(
+                    f"{collection}[{key!r}] holds a number that cannot be stored: {error}",
+                    code="invalid_number",
+                    collection=collection,
+                    key=key,
+                ) from error
+            self._check_json(collection, fields, key=key)
+        return value
+
+    def _check_json(
+        self, collection: str, value: object, name: str | None = None, key: str = ""
+    ) -> None:
+        """Raise if `value`, of field `name` or all fields, is not what JSON can hold."""
+        problem = _find_problem(value, () if name is None else (name,), 0)
+        if problem is not None:
+            code, loc, words = problem
+            raise ContractError(
+                f"{'.'.join(map(str, loc)) or 'A value'} in a row of {collection!r} {words}.",
+                code=code,
+                collection=collection,
+                key=key,
+                loc=loc,
+            )
+
+    def _contract_error(
+        self, error: ValidationError, collection: str, key: str = ""
+    ) -> ContractError:
+        first = error.errors(include_url=False, include_input=False)[0]
+        kind = first["type"]
+        code = _CODES.get(kind, kind)
+        if kind == "value_error" and "invalid_id" in first["msg"]:
+            code = "invalid_id"
+        loc = first["loc"]
+        if loc and isinstance(loc[0], str):
+            loc = (self._python_names.get(loc[0], loc[0]), *loc[1:])
+        others = error.error_count() - 1
+        more = f" (and {others} more)" if others else ""
+        return ContractError(
+            f"A row of {collection!r} does not fit: {'.'.join(map(str, loc)) or 'the row'}: "
+            f"{first['msg']}{more}.",
+            code=code,
+            collection=collection,
+            key=key,
+            loc=loc,
+        )
 
 
 @lru_cache(maxsize=512)
@@ -188,7 +292,7 @@ def _wire_names(row_type: type[Any]) -> dict[str, str]:
             name: field.serialization_alias or field.alias or name
             for name, field in row_type.model_fields.items()
         }
-    return {name: name for name in getattr(row_type, "__annotations__", {})}
+    return {name: name for name in get_type_hints(row_type)}
 
 
 def _fields(row_type: type[Any]) -> dict[str, Field]:
@@ -198,8 +302,7 @@ def _fields(row_type: type[Any]) -> dict[str, Field]:
 
 
 def _field(wire: str, hint: object) -> Field:
-    kinds = [hint, *get_args(hint)] if get_origin(hint) in (Union, UnionType) else [hint]
-    for kind in kinds:
+    for kind in _alternatives(hint):
         if isinstance(kind, type):
             if issubclass(kind, datetime):
                 return Field(wire, kind="datetime")
@@ -208,33 +311,54 @@ def _field(wire: str, hint: object) -> Field:
     return Field(wire)
 
 
-def _to_json_value(value: object, collection: str, name: str) -> Any:
-    try:
-        return to_jsonable_python(value, by_alias=True)
-    except (ValueError, TypeError) as error:
-        raise ContractError(
-            f"{name} in a row of {collection!r} cannot be stored: {error}",
-            code="not_serializable",
-            collection=collection,
-            loc=(name,),
-        ) from error
+def _alternatives(hint: object) -> list[object]:
+    """Return the members of a union, or the type itself, without annotations."""
+    if get_origin(hint) is Annotated:
+        return _alternatives(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return [kind for member in get_args(hint) for kind in _alternatives(member)]
+    return [hint]
 
 
-def _contract_error(error: ValidationError, collection: str, key: str = "") -> ContractError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind = first["type"]
-    code = _CODES.get(kind, kind)
-    if kind == "value_error" and "invalid_id" in first["msg"]:
-        code = "invalid_id"
-    where = ".".join(map(str, first["loc"])) or "the row"
-    others = error.error_count() - 1
-    more = f" (and {others} more)" if others else ""
+def _is_untyped(hint: object) -> bool:
+    """Whether a field takes whatever it is given, so that nobody has checked what is inside."""
+    kinds = _alternatives(hint)
+    if any(kind in (Any, object, None, dict, list) for kind in kinds):
+        return True
+    return any(
+        get_origin(kind) in (dict, list, Mapping) and _is_untyped(get_args(kind)[-1])
+        for kind in kinds
+    )
+
+
+def _has_numbers(hint: object, seen: frozenset[object] = frozenset()) -> bool:
+    for kind in _alternatives(hint):
+        if kind is int or kind is float:
+            return True
+        if kind in seen:
+            continue
+        inner: tuple[object, ...] = get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            inner = tuple(get_type_hints(kind, include_extras=True).values())
+        if any(_has_numbers(each, frozenset({*seen, cast("object", kind)})) for each in inner):
+            return True
+    return False
+
+
+def _get(model: object, name: str) -> Any:
+    if isinstance(model, Mapping):
+        return cast("Mapping[str, Any]", model).get(name)
+    return getattr(model, name)
+
+
+def _unstorable(collection: str, key: str, loc: tuple[str | int, ...], words: str) -> ContractError:
     return ContractError(
-        f"A row of {collection!r} does not fit: {where}: {first['msg']}{more}.",
-        code=code,
+        f"{'.'.join(map(str, loc)) or 'A value'} in a row of {collection!r} cannot be stored: "
+        f"{words}.",
+        code="not_serializable",
         collection=collection,
         key=key,
-        loc=tuple(first["loc"]),
+        loc=loc,
     )
 
 
@@ -248,20 +372,21 @@ def _find_problem(
         case None | bool():
             return None
         case str():
-            return None if value.isascii() or _is_unicode(value) else (
-                "invalid_unicode", loc, "holds half of a surrogate pair"
-            )  # fmt: skip
+            return None if _is_unicode(value) else _half_a_pair(loc)
         case int():
-            return None if value.bit_length() <= 64 else (
-                "invalid_number", loc, "is an integer beyond 64 bits"
-            )  # fmt: skip
+            if _LEAST_INT <= value <= _GREATEST_INT:
+                return None
+            return "invalid_number", loc, "is an integer beyond 64 bits"
         case float():
-            finite = value - value == 0
-            return None if finite else ("invalid_number", loc, "is not a finite number")
-        case Mapping():
-            for name, item in cast("Mapping[object, object]", value).items():
+            if value - value == 0:
+                return None
+            return "invalid_number", loc, "is not a finite number"
+        case dict():
+            for name, item in cast("dict[object, object]", value).items():
                 if not isinstance(name, str):
                     return "not_serializable", loc, f"has the key {name!r}, which is no string"
+                if not _is_unicode(name):
+                    return _half_a_pair(loc)
                 problem = _find_problem(item, (*loc, name), depth + 1)
                 if problem is not None:
                     return problem
@@ -276,7 +401,13 @@ def _find_problem(
             return "not_serializable", loc, f"is a {type(value).__name__}, which JSON cannot hold"
 
 
+def _half_a_pair(loc: tuple[str | int, ...]) -> tuple[str, tuple[str | int, ...], str]:
+    return "invalid_unicode", loc, "holds half of a surrogate pair"
+
+
 def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 from uuid import uuid4
 
-from aidb_ray.errors import UnavailableError
+from aidb_ray.errors import AidbError, CompactedError, NotReadyError, UnavailableError
 from aidb_ray.runtime import ActorRef
 from aidb_ray.store import changes as wire
 from aidb_ray.store.actor import StoreActor
 from aidb_ray.store.changes import (
+    CHUNKS,
     Change,
     Changes,
     Filter,
@@ -24,6 +26,7 @@ from aidb_ray.store.changes import (
     ReadRequest,
     bucket_of,
 )
+from aidb_ray.store.matching import make_row_test
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,11 @@ class Subscription:
     again. With `snapshot=False` there is no `on_rows` but after such a loss, with no rows:
     changes begin at the revision that `started` gives. `snapshot` may be a narrower filter than
     the one that is followed: then only its rows come first.
+
+    Attributes:
+        started: The revision after which changes are heard; NotReadyError if it ended before.
+        ready: Done when the first rows have been told; NotReadyError if it ended before, and a
+            StorageError if the store cannot be opened.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class Subscription:
         self.on_changes = on_changes
         self.on_rows = on_rows
         self.snapshot = wanted if snapshot is True else snapshot or None
+        assert self.snapshot is None or wanted.collection != CHUNKS, "chunks are no rows"
         self.is_active = False
         self.held: list[Change] | None = [] if self.snapshot else None
         self.loading: asyncio.Task[None] | None = None
@@ -66,17 +75,48 @@ class Subscription:
 
     def hear(self, changes: list[Change]) -> None:
         """Take changes from the feed, or hold them while the rows are still on their way."""
-        if self.held is None:
-            self.on_changes(changes)
-        else:
+        if self.held is not None:
             self.held.extend(changes)
+            return
+        try:
+            self.on_changes(changes)
+        except Exception:
+            # One reader's mistake must not keep the others from hearing.
+            logger.exception("a subscriber failed")
+
+    def hear_rows(self, rows: Sequence[FoundRow], revision: int) -> None:
+        """Take the rows that come first."""
+        if self.on_rows is not None:
+            try:
+                self.on_rows(rows, revision)
+            except Exception:
+                logger.exception("a subscriber failed")
+
+    def begin(self, cursor: int) -> None:
+        """Hear changes after `cursor` from now on."""
+        self.is_active = True
+        if not self.started.done():
+            self.started.set_result(cursor)
+        if self.snapshot is None and not self.ready.done():
+            self.ready.set_result(None)
+
+    def end(self, error: AidbError) -> None:
+        """Tell whoever waits that it will not begin."""
+        if self.loading is not None:
+            self.loading.cancel()
+        for future in (self.started, self.ready):
+            if not future.done():
+                future.set_exception(error)
+                # Nobody need wait for it.
+                future.exception()
 
 
 class FeedReader:
     """Runs the long poll while there are subscriptions.
 
     Attributes:
-        cursor: Revision up to which every active subscription has heard everything.
+        cursor: Revision up to which every active subscription has heard everything; -1 while
+            there is none.
     """
 
     def __init__(self, ref: ActorRef[StoreActor]) -> None:
@@ -85,13 +125,14 @@ class FeedReader:
         self._generation = ""
         self.cursor = -1
         self._subscriptions: dict[Subscription, None] = {}
-        self._by_collection: dict[str, list[Subscription]] = {}
-        self._by_session: dict[tuple[str, str], list[Subscription]] = {}
+        self._by_collection: dict[str, dict[Subscription, None]] = {}
+        self._by_session: dict[tuple[str, str], dict[Subscription, None]] = {}
         self._filters: tuple[Filter, ...] | None = None
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._polling: asyncio.Task[None] | None = None
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._is_parked = False
+        self._polls = 0
 
     def subscribe(
         self,
@@ -105,11 +146,7 @@ class FeedReader:
         added = Subscription(wanted, on_changes, on_rows, snapshot=snapshot)
         self._subscriptions[added] = None
         self._filters = None
-        if wanted.session is None:
-            self._by_collection.setdefault(wanted.collection, []).append(added)
-        else:
-            place = (wanted.collection, wanted.session)
-            self._by_session.setdefault(place, []).append(added)
+        self._neighbors(wanted)[added] = None
         if self._polling is None or self._polling.done():
             self._polling = asyncio.get_running_loop().create_task(self._poll_forever())
         else:
@@ -122,22 +159,30 @@ class FeedReader:
             return
         del self._subscriptions[gone]
         self._filters = None
-        wanted = gone.filter
+        neighbors = self._neighbors(gone.filter)
+        del neighbors[gone]
+        if not neighbors:
+            if gone.filter.session is None:
+                del self._by_collection[gone.filter.collection]
+            else:
+                del self._by_session[gone.filter.collection, gone.filter.session]
+        gone.end(NotReadyError("The subscription was closed before it had begun."))
+        if not self._subscriptions:
+            # The poll that waits ends; the next subscription begins at what is newest then.
+            self._nudge()
+
+    def _neighbors(self, wanted: Filter) -> dict[Subscription, None]:
         if wanted.session is None:
-            self._by_collection[wanted.collection].remove(gone)
-        else:
-            place = (wanted.collection, wanted.session)
-            self._by_session[place].remove(gone)
-            if not self._by_session[place]:
-                del self._by_session[place]
-        if gone.loading is not None:
-            gone.loading.cancel()
-        for future in (gone.started, gone.ready):
-            future.cancel()
+            return self._by_collection.setdefault(wanted.collection, {})
+        return self._by_session.setdefault((wanted.collection, wanted.session), {})
 
     async def reached(self, revision: int) -> None:
-        """Wait until every change up to `revision` has been told."""
-        if self.cursor >= revision:
+        """Wait until every change up to `revision` has been told; at once if nobody subscribes.
+
+        Raises:
+            CompactedError: the store begins anew and will not come to that revision.
+        """
+        if self.cursor >= revision or not self._subscriptions:
             return
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((revision, waiting))
@@ -153,6 +198,8 @@ class FeedReader:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._polling = None
+        self.cursor = -1
+        self._tell_waiting()
 
     def _nudge(self) -> None:
         # A poll that waits at the store knows neither new filters nor who waits for its cursor.
@@ -162,31 +209,41 @@ class FeedReader:
 
     async def _release(self) -> None:
         try:
-            await self._ref.ask(StoreActor.release_poll, self._feed_id)
+            await self._ref.ask(StoreActor.release_poll, self._feed_id, self._polls)
         except UnavailableError:
             logger.debug("the poll could not be released; it ends by itself")
 
-    def _spawn(self, work: object) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
         return task
 
     async def _poll_forever(self) -> None:
         pause = _FIRST_PAUSE_S
-        while True:
-            if not self._subscriptions:
-                self._polling = None
-                return
+        while self._subscriptions:
             try:
                 await self._poll_once()
-            except UnavailableError as error:
+            except AidbError as error:
                 # The store restarts, or the call was lost: the cursor makes asking again safe.
                 logger.info("the feed is interrupted: %s", error)
+                if not isinstance(error, UnavailableError):
+                    self._refuse_waiting(error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
             else:
                 pause = _FIRST_PAUSE_S
+        self._polling = None
+        self.cursor = -1
+        self._tell_waiting()
+
+    def _refuse_waiting(self, error: AidbError) -> None:
+        """End the subscriptions that have not begun: the store cannot serve them."""
+        logger.error("the store cannot be followed: %s", error)
+        for subscription in list(self._subscriptions):
+            if not subscription.ready.done():
+                subscription.end(error)
+                self.unsubscribe(subscription)
 
     async def _poll_once(self) -> None:
         if self.cursor < 0:
@@ -213,34 +270,43 @@ class FeedReader:
         self._tell_waiting()
 
     async def _ask(self, filters: tuple[Filter, ...], wait_ms: int = 0) -> Changes:
-        request = PollRequest(self._feed_id, self._generation, self.cursor, filters, wait_ms)
+        self._polls += 1
+        request = PollRequest(
+            self._feed_id, self._generation, self.cursor, filters, wait_ms, self._polls
+        )
         return wire.decode_changes(await self._ref.ask(StoreActor.poll, wire.encode(request)))
 
     def _activate(self, subscription: Subscription) -> None:
-        subscription.is_active = True
-        if not subscription.started.done():
-            subscription.started.set_result(self.cursor)
-        if subscription.snapshot:
+        subscription.begin(self.cursor)
+        if subscription.snapshot is not None:
             subscription.loading = self._spawn(self._load(subscription))
-        elif not subscription.ready.done():
-            subscription.ready.set_result(None)
 
     def _start_anew(self, answer: Changes) -> None:
         logger.warning(
             "changes were missed; every subscription starts anew",
             extra={"cursor": self.cursor, "oldest": answer.lost},
         )
+        if answer.generation != self._generation:
+            waiting, self._waiting = self._waiting, []
+            for revision, reached in waiting:
+                if not reached.done():
+                    reached.set_exception(
+                        CompactedError(
+                            f"The store began anew and will not come to revision {revision}.",
+                            oldest=0,
+                        )
+                    )
         self._generation, self.cursor = answer.generation, -1
-        for subscription in self._subscriptions:
+        for subscription in list(self._subscriptions):
             if not subscription.is_active:
                 continue
             subscription.is_active = False
             if subscription.loading is not None:
                 subscription.loading.cancel()
-            if subscription.snapshot:
+            if subscription.snapshot is not None:
                 subscription.held = []
-            elif subscription.on_rows is not None:
-                subscription.on_rows([], -1)
+            else:
+                subscription.hear_rows([], -1)
 
     def _dispatch(self, changes: Sequence[Change]) -> None:
         heard: dict[Subscription, list[Change]] = {}
@@ -256,62 +322,78 @@ class FeedReader:
                     if subscription.is_active:
                         heard.setdefault(subscription, []).append(change)
         for subscription, told in heard.items():
-            try:
+            # One that heard before it may have ended this one.
+            if subscription in self._subscriptions:
                 subscription.hear(told)
-            except Exception:
-                # One reader's mistake must not keep the others from hearing.
-                logger.exception("a subscriber failed")
 
     def _tell_waiting(self) -> None:
         still: list[tuple[int, asyncio.Future[None]]] = []
         for revision, waiting in self._waiting:
-            if revision > self.cursor:
+            if revision > self.cursor and self._subscriptions:
                 still.append((revision, waiting))
             elif not waiting.done():
                 waiting.set_result(None)
         self._waiting = still
 
     async def _load(self, subscription: Subscription) -> None:
-        """Read the rows, then fold in what changed meanwhile, so that they are of one revision."""
-        rows: dict[tuple[str, str], FoundRow] = {}
         wanted = subscription.snapshot
         assert wanted is not None
-        request = ReadRequest(wanted)
         pause = _FIRST_PAUSE_S
         while True:
             try:
-                raw = await self._ref.ask(StoreActor.read, wire.encode(request))
+                rows, end = await self._read_rows(wanted)
+                break
             except UnavailableError:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
-                continue
+            except AidbError as error:
+                logger.exception("the rows of %s cannot be read", wanted.collection)
+                subscription.end(error)
+                self.unsubscribe(subscription)
+                return
+        await self.reached(end)
+        held = subscription.held
+        assert held is not None
+        later = [change for change in held if change.revision > end]
+        _fold(rows, wanted, (change for change in held if change.revision <= end))
+        subscription.held = None
+        subscription.loading = None
+        subscription.hear_rows(list(rows.values()), end)
+        if not subscription.ready.done():
+            subscription.ready.set_result(None)
+        if later and subscription in self._subscriptions:
+            subscription.hear(later)
+
+    async def _read_rows(self, wanted: Filter) -> tuple[dict[tuple[str, str], FoundRow], int]:
+        """Return the rows of a filter, page by page, and a revision that none of them is after."""
+        rows: dict[tuple[str, str], FoundRow] = {}
+        request = ReadRequest(wanted)
+        while True:
+            raw = await self._ref.ask(StoreActor.read, wire.encode(request))
             page = wire.decode_page(raw)
             rows.update(((row.session, row.key), row) for row in page.rows)
             if not page.more:
-                break
+                end = max([page.latest, *(row.revision for row in rows.values())])
+                return rows, end
             last = page.rows[-1]
             request = ReadRequest(wanted, after=(last.session, last.key))
-        end = max([page.latest, *(row.revision for row in rows.values())])
-        await self.reached(end)
-        assert subscription.held is not None
-        later: list[Change] = []
-        for change in subscription.held:
-            if change.revision > end:
-                later.append(change)
-                continue
-            where = (change.session, change.key)
-            known = rows.get(where)
-            if known is not None and known.revision >= change.revision:
-                continue
-            if change.value is None:
-                rows.pop(where, None)
-            else:
-                rows[where] = FoundRow(change.session, change.key, change.revision, change.value)
-        subscription.held = None
-        subscription.loading = None
-        if subscription.on_rows is not None:
-            subscription.on_rows(list(rows.values()), end)
-        if not subscription.ready.done():
-            subscription.ready.set_result(None)
-        if later:
-            subscription.on_changes(later)
+
+
+def _fold(rows: dict[tuple[str, str], FoundRow], wanted: Filter, changes: Iterable[Change]) -> None:
+    """Bring rows, of which each page was read at another moment, to one revision."""
+    test = make_row_test(wanted)
+    for change in changes:
+        place = (change.session, change.key)
+        known = rows.get(place)
+        if known is not None and known.revision >= change.revision:
+            continue
+        value = change.value
+        bucket = bucket_of(change.session) if wanted.buckets else 0
+        if (
+            value is not None
+            and wanted.covers(change.session, bucket)
+            and (test is None or test.accepts(value))
+        ):
+            rows[place] = FoundRow(change.session, change.key, change.revision, value)
+        else:
+            rows.pop(place, None)

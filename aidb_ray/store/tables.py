@@ -1,51 +1,51 @@
-"""Rows at one revision: plan commits against them, then apply what became durable.
+"""Rows at one revision: what commits became once the log held them.
 
-No I/O, no clock, no asyncio, no Ray. `Plan` decides and changes nothing; `Tables.apply` makes it
-so once the log holds it. Rows stay encoded; a session is loaded from the snapshot when touched.
+No clock, no asyncio, no Ray. `Plan` decides and changes nothing; `Tables.apply` makes it so. Rows
+stay encoded. A session is loaded from the snapshot when it is touched, and may leave memory again
+while the snapshot holds it as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
-from zlib import crc32
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
 from aidb_ray.store.changes import (
     CHUNKS,
-    MAX_ROW_BYTES,
     Append,
-    Batch,
     Change,
     ChunkColumns,
     ChunkSlice,
-    ClaimBuckets,
-    Commit,
     Committed,
-    Delete,
-    Insert,
-    Mutation,
-    Refusal,
-    Runner,
     StoredRow,
-    Update,
     bucket_of,
     encode,
 )
 from aidb_ray.store.claims import RunnerEpochs, decode_epochs
 from aidb_ray.store.columns import EMPTY, cut
+from aidb_ray.store.presence import NamePresence
+
+if TYPE_CHECKING:
+    from aidb_ray.store.plan import Plan
 
 PUT, REMOVE, APPEND = 1, 2, 3
 SYSTEM = "~"
 """The session that holds the store's own rows: clients and runner epochs."""
 CLIENTS, EPOCHS, STREAMS = "clients", "epochs", "~streams"
 
-SessionRow = tuple[str, str, int, bytes]
+_ROW_WEIGHT, _SESSION_WEIGHT, _RUN_WEIGHT = 200, 800, 200
+_MAX_STEPS = 4_096
+
+SessionRow: TypeAlias = tuple[str, str, int, bytes]
 """A row as a snapshot keeps it: (collection, key, revision, value)."""
 
+Load: TypeAlias = Callable[[str], Sequence[SessionRow]]
 
-class Run(NamedTuple):
+
+class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where consecutive chunks of one stream rest: frame, place in its chunk batch, indexes."""
 
     segment: int
@@ -65,17 +65,59 @@ class Stream(msgspec.Struct, array_like=True):
     closes: str = ""
     runs: list[Run] = []
 
+    def extend(
+        self, revision: int, wanted: Append, start: int, place: tuple[int, int], home: SessionRows
+    ) -> None:
+        """Add chunks that the frame at `place` holds from its chunk `start` on.
+
+        What is known already is not added again, so a frame can be replayed over a snapshot that
+        has some of it.
+        """
+        if wanted.count and wanted.index >= self.next_index:
+            run = Run(*place, start, wanted.count, wanted.index, wanted.attempt, wanted.types)
+            self.runs.append(run)
+            self.next_index = wanted.index + wanted.count
+            home.weight += _RUN_WEIGHT
+        self.closes = wanted.closes or self.closes
+        self.revision = revision
+
 
 class SessionRows:
-    """What one session holds: rows by collection and key, chunk streams by generation."""
+    """What one session holds: rows by collection and key, chunk streams by generation.
 
-    __slots__ = ("bucket", "collections", "is_dirty", "streams")
+    Attributes:
+        is_dirty: Whether it changed since a snapshot last came by.
+        is_resting: Whether the snapshot that counts holds it, as it was when that came by.
+        weight: About how many bytes it takes in memory.
+    """
 
-    def __init__(self, bucket: int) -> None:
-        self.bucket = bucket
+    __slots__ = ("bucket", "collections", "is_dirty", "is_resting", "name", "streams", "weight")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bucket = bucket_of(name)
         self.collections: dict[str, dict[str, StoredRow]] = {}
         self.streams: dict[str, Stream] = {}
         self.is_dirty = False
+        self.is_resting = True
+        self.weight = _SESSION_WEIGHT
+
+    def put(self, collection: str, key: str, row: StoredRow | None) -> StoredRow | None:
+        """Replace a row, or remove it, and return what was there."""
+        rows = self.collections.get(collection)
+        if rows is None:
+            if row is None:
+                return None
+            rows = self.collections[collection] = {}
+        if row is None:
+            before = rows.pop(key, None)
+        else:
+            before = rows.get(key)
+            rows[key] = row
+            self.weight += len(row.value) + _ROW_WEIGHT
+        if before is not None:
+            self.weight -= len(before.value) + _ROW_WEIGHT
+        return before
 
     def rows(self) -> list[SessionRow]:
         """Return every row in order of (collection, key), streams among them."""
@@ -116,23 +158,12 @@ class Appended(NamedTuple):
 class Entry:
     """One row before and after a commit, as the feed passes it on."""
 
-    __slots__ = (
-        "after",
-        "append",
-        "before",
-        "bucket",
-        "collection",
-        "fields",
-        "key",
-        "revision",
-        "session",
-    )
+    __slots__ = ("after", "append", "before", "collection", "home", "key", "revision")
 
     def __init__(
         self,
         revision: int,
-        session: str,
-        bucket: int,
+        home: SessionRows,
         collection: str,
         key: str,
         before: StoredRow | None,
@@ -140,14 +171,12 @@ class Entry:
         append: Appended | None = None,
     ) -> None:
         self.revision = revision
-        self.session = session
-        self.bucket = bucket
+        self.home = home
         self.collection = collection
         self.key = key
         self.before = before
         self.after = after
         self.append = append
-        self.fields: tuple[dict[str, Any] | None, dict[str, Any] | None] | None = None
 
     def to_change(self) -> Change:
         """Return the change as readers get it."""
@@ -167,7 +196,7 @@ class Entry:
                 )
             )
         is_new = self.before is None
-        return Change(self.revision, self.session, self.collection, self.key, value, is_new)
+        return Change(self.revision, self.home.name, self.collection, self.key, value, is_new)
 
 
 class LogColumns(NamedTuple):
@@ -182,31 +211,48 @@ class LogColumns(NamedTuple):
 
 
 class Tables:
-    """Rows of one partition at `revision`, the clients' newest batches and the runner epochs."""
+    """Rows of one partition at `revision`, the clients' newest batches and the runner epochs.
 
-    def __init__(self, load: Callable[[str], Sequence[SessionRow]] | None = None) -> None:
+    Attributes:
+        presence: Sessions that the snapshot may hold; None if that is not known (yet).
+        weight: About how many bytes all sessions take in memory.
+    """
+
+    def __init__(self, load: Load | None = None) -> None:
         self.revision = 0
         self.clients: dict[int, ClientRecord] = {}
         self.epochs: dict[str, RunnerEpochs] = {}
         self.sessions: dict[str, SessionRows] = {}
+        self.presence: NamePresence | None = None
+        self.weight = 0
         self._load = load
+        # Names in the order in which they may leave. A name stands here exactly once.
+        self._queue: deque[str] = deque()
 
     def session(self, name: str) -> SessionRows:
         """Return a session's rows, loading them first if they rest in the snapshot."""
         found = self.sessions.get(name)
         if found is None:
             found = self.sessions[name] = self._loaded(name)
+            self.weight += found.weight
+            self._queue.append(name)
         return found
 
     def peek(self, name: str) -> SessionRows:
-        """Return a session's rows for reading, without keeping a session that has none."""
+        """Return a session's rows for reading; does not keep a session that had to be loaded."""
         return self.sessions.get(name) or self._loaded(name)
 
     def _loaded(self, name: str) -> SessionRows:
-        session = SessionRows(bucket_of(name))
-        if self._load is not None:
-            for collection, key, revision, value in self._load(name):
-                _put(session, collection, key, StoredRow(revision, value))
+        session = SessionRows(name)
+        if self._load is None or not (self.presence is None or self.presence.may_contain(name)):
+            return session
+        for collection, key, revision, value in self._load(name):
+            if collection == STREAMS:
+                stream = msgspec.msgpack.decode(value, type=Stream)
+                session.streams[key] = stream
+                session.weight += _RUN_WEIGHT * (1 + len(stream.runs))
+            else:
+                session.put(collection, key, StoredRow(revision, value))
         return session
 
     def get(self, session: str, collection: str, key: str) -> StoredRow | None:
@@ -221,18 +267,34 @@ class Tables:
         for agent, row in system.get(EPOCHS, {}).items():
             self.epochs[agent] = decode_epochs(row.value)
 
-    def rest_in(self, load: Callable[[str], Sequence[SessionRow]], keep: int) -> None:
-        """Load from a newer snapshot from now on; sessions it has leave memory above `keep`."""
+    def rest_in(self, load: Load, walked: Iterable[str]) -> None:
+        """Load from a newer snapshot from now on, for which the sessions in `walked` were read."""
         self._load = load
-        excess = len(self.sessions) - keep
-        if excess > 0:
-            clean = [name for name, rows in self.sessions.items() if not rows.is_dirty]
-            for name in clean[:excess]:
-                if name != SYSTEM:
-                    del self.sessions[name]
+        for name in walked:
+            session = self.sessions.get(name)
+            if session is not None:
+                session.is_resting = True
+            if self.presence is not None:
+                self.presence.add(name)
+
+    def evict(self, max_weight: int) -> None:
+        """Let sessions leave that rest in the snapshot, oldest first, while all weigh more.
+
+        Takes a bounded number of steps. No plan may be outstanding: it holds on to sessions.
+        """
+        for _ in range(min(_MAX_STEPS, len(self._queue))):
+            if self.weight <= max_weight:
+                return
+            name = self._queue.popleft()
+            session = self.sessions[name]
+            if session.is_dirty or not session.is_resting or name == SYSTEM:
+                self._queue.append(name)
+            else:
+                del self.sessions[name]
+                self.weight -= session.weight
 
     def replay(
-        self, columns: LogColumns, place: tuple[int, int], chunks: ChunkColumns
+        self, columns: LogColumns, place: tuple[int, int], chunks: ChunkColumns | None
     ) -> Iterator[Entry]:
         """Apply a frame of the log again; yields what the feed may still be asked for.
 
@@ -242,27 +304,22 @@ class Tables:
         for revision, op, name, collection, key, value in zip(*columns, strict=True):
             session = self.session(name)
             session.is_dirty = True
-            self.revision = max(self.revision, revision)
+            weight = session.weight
             if op == APPEND:
                 assert value is not None
                 wanted = msgspec.msgpack.decode(value, type=Append)
                 stream = session.streams.setdefault(key, Stream())
-                if wanted.index >= stream.next_index or wanted.closes:
-                    _extend(stream, revision, wanted, wanted.start, place)
+                stream.extend(revision, wanted, wanted.start, place, session)
                 append = Appended(wanted, chunks or EMPTY, wanted.start)
-                yield Entry(revision, name, session.bucket, CHUNKS, key, None, None, append)
-                continue
-            rows = session.collections.setdefault(collection, {})
-            before = rows.get(key)
-            after = None if op == REMOVE else StoredRow(revision, value or b"")
-            if after is None:
-                rows.pop(key, None)
+                yield Entry(revision, session, CHUNKS, key, None, None, append)
             else:
-                rows[key] = after
-            if name == SYSTEM:
-                self._replay_system(collection, key, after)
-            else:
-                yield Entry(revision, name, session.bucket, collection, key, before, after)
+                after = None if op == REMOVE else StoredRow(revision, value or b"")
+                before = session.put(collection, key, after)
+                if name == SYSTEM:
+                    self._replay_system(collection, key, after)
+                else:
+                    yield Entry(revision, session, collection, key, before, after)
+            self.weight += session.weight - weight
 
     def _replay_system(self, collection: str, key: str, after: StoredRow | None) -> None:
         if collection == CLIENTS:
@@ -275,299 +332,28 @@ class Tables:
 
     def apply(self, plan: Plan, place: tuple[int, int]) -> list[Entry]:
         """Make a plan so, once the log holds it at `place`; returns its changes in order."""
+        added = 0
         for entry in plan.entries:
-            session = self.session(entry.session)
+            session = entry.home
             session.is_dirty = True
-            if entry.append is not None:
+            weight = session.weight
+            if entry.append is None:
+                session.put(entry.collection, entry.key, entry.after)
+            else:
                 stream = session.streams.setdefault(entry.key, Stream())
                 wanted, _, start = entry.append
-                _extend(stream, entry.revision, wanted, start, place)
-            elif entry.after is None:
-                session.collections[entry.collection].pop(entry.key, None)
-            else:
-                rows = session.collections.get(entry.collection)
-                if rows is None:
-                    rows = session.collections[entry.collection] = {}
-                rows[entry.key] = entry.after
+                stream.extend(entry.revision, wanted, start, place, session)
+            added += session.weight - weight
         system = self.session(SYSTEM)
         for collection, key, row in plan.system:
             system.is_dirty = True
-            rows = system.collections.setdefault(collection, {})
-            if row is None:
-                rows.pop(key, None)
+            system.put(collection, key, row)
+        self.weight += added
+        for client_id, record in plan.clients.items():
+            if record is None:
+                self.clients.pop(client_id, None)
             else:
-                rows[key] = row
-        self.clients = plan.clients_after(self.clients)
+                self.clients[client_id] = record
         self.epochs.update(plan.epochs)
         self.revision = plan.revision
         return plan.entries
-
-
-def _put(session: SessionRows, collection: str, key: str, row: StoredRow) -> None:
-    if collection == STREAMS:
-        session.streams[key] = msgspec.msgpack.decode(row.value, type=Stream)
-    else:
-        session.collections.setdefault(collection, {})[key] = row
-
-
-def _extend(
-    stream: Stream, revision: int, wanted: Append, start: int, place: tuple[int, int]
-) -> None:
-    if wanted.count:
-        run = Run(*place, start, wanted.count, wanted.index, wanted.attempt, wanted.types)
-        stream.runs.append(run)
-        stream.next_index = wanted.index + wanted.count
-    stream.closes = wanted.closes or stream.closes
-    stream.revision = revision
-
-
-class Plan:
-    """The commits of one flush, worked out against the rows as they are and each other.
-
-    Nothing in `tables` changes. Each commit is accepted whole, with the next revision, or refused
-    whole; what it saw were the applied rows plus the earlier accepted commits of this plan.
-    """
-
-    def __init__(self, tables: Tables, epoch: int) -> None:
-        self._tables = tables
-        self._epoch = epoch
-        self._overlay: dict[tuple[str, str, str], StoredRow | None] = {}
-        self._streams: dict[tuple[str, str], tuple[int, str]] = {}
-        self._clients: dict[int, ClientRecord | None] = {}
-        self.first_revision = tables.revision + 1
-        self.revision = tables.revision
-        self.entries: list[Entry] = []
-        self.system: list[tuple[str, str, StoredRow | None]] = []
-        self.epochs: dict[str, RunnerEpochs] = {}
-        self.chunks: list[ChunkColumns] = []
-        self._chunk_count = 0
-        self.log = LogColumns([], [], [], [], [], [])
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to write: every batch in it had been answered before."""
-        return not self.log.revisions
-
-    def clients_after(self, clients: dict[int, ClientRecord]) -> dict[int, ClientRecord]:
-        """Return the clients' records as they are after this plan."""
-        for client_id, record in self._clients.items():
-            if record is None:
-                clients.pop(client_id, None)
-            else:
-                clients[client_id] = record
-        return clients
-
-    def add_client(self, supersedes: int) -> tuple[int, int]:
-        """Register a client: return its id, and the last number that `supersedes` applied (or 0).
-
-        Late batches of the superseded id are refused from then on.
-        """
-        self.revision += 1
-        known = self._client(supersedes)
-        if known is not None:
-            self.drop_client(supersedes)
-        self._set_client(self.revision, ClientRecord())
-        return self.revision, known.last_seq if known else 0
-
-    def drop_client(self, client_id: int) -> None:
-        """Forget a client; its batches are refused from then on."""
-        self._clients[client_id] = None
-        self._write(self.revision, REMOVE, SYSTEM, CLIENTS, str(client_id), None)
-        self.system.append((CLIENTS, str(client_id), None))
-
-    def add_batch(self, batch: Batch, raw: bytes) -> Committed | Refusal:
-        """Plan a client's batch, or answer it as before if it is one that was applied already."""
-        record = self._client(batch.client_id)
-        if record is None:
-            return Refusal("unknown_client")
-        checksum = crc32(raw)
-        if batch.first_seq == record.first_seq and record.last_seq >= batch.first_seq:
-            if checksum != record.checksum:
-                return Refusal("idempotency_mismatch")
-            return record.outcome
-        if batch.first_seq != record.last_seq + 1:
-            return Refusal("batch_gap", expected=record.last_seq + 1, got=batch.first_seq)
-        chunks = batch.chunks or EMPTY
-        first = self.revision + 1
-        refused: list[tuple[int, Refusal]] = []
-        for index, commit in enumerate(batch.commits):
-            refusal = self._add_commit(commit, chunks)
-            if refusal is not None:
-                refused.append((index, refusal))
-        if chunks.types:
-            self.chunks.append(chunks)
-            self._chunk_count += len(chunks.types)
-        outcome = Committed(first, self._epoch, refused)
-        last_seq = batch.first_seq + len(batch.commits) - 1
-        record = ClientRecord(batch.first_seq, last_seq, checksum, outcome)
-        self._set_client(batch.client_id, record)
-        return outcome
-
-    def _client(self, client_id: int) -> ClientRecord | None:
-        if client_id in self._clients:
-            return self._clients[client_id]
-        return self._tables.clients.get(client_id)
-
-    def _set_client(self, client_id: int, record: ClientRecord) -> None:
-        self._clients[client_id] = record
-        value = encode(record)
-        self._write(self.revision, PUT, SYSTEM, CLIENTS, str(client_id), value)
-        self.system.append((CLIENTS, str(client_id), StoredRow(self.revision, value)))
-
-    def _add_commit(self, commit: Commit, chunks: ChunkColumns) -> Refusal | None:
-        revision = self.revision + 1
-        ends: dict[tuple[str, str, str], StoredRow | None] = {}
-        streams: dict[tuple[str, str], tuple[int, str]] = {}
-        claims: list[ClaimBuckets] = []
-        runner = commit.runner
-        for mutation in commit.mutations:
-            if isinstance(mutation, ClaimBuckets):
-                claims.append(mutation)
-                continue
-            refusal = None if runner is None else self._fence(runner, mutation.session)
-            if refusal is None:
-                if isinstance(mutation, Append):
-                    refusal = self._plan_append(mutation, chunks, streams)
-                else:
-                    refusal = self._plan_row(mutation, revision, ends)
-            if refusal is not None:
-                return refusal
-        self.revision = revision
-        self._accept(commit.mutations, revision, ends, chunks)
-        self._overlay.update(ends)
-        self._streams.update(streams)
-        for claim in claims:
-            self._claim(claim, revision)
-        return None
-
-    def _plan_row(
-        self,
-        mutation: Insert | Update | Delete,
-        revision: int,
-        ends: dict[tuple[str, str, str], StoredRow | None],
-    ) -> Refusal | None:
-        where = (mutation.session, mutation.collection, mutation.key)
-        row = ends[where] if where in ends else self._row(where)
-        if isinstance(mutation, Insert):
-            if row is not None:
-                return Refusal("exists", mutation.collection, mutation.key)
-        elif row is None:
-            return Refusal("missing", mutation.collection, mutation.key)
-        elif mutation.base not in (row.revision, 0) and row.revision != revision:
-            return Refusal("conflict", mutation.collection, mutation.key, row.value, row.revision)
-        if isinstance(mutation, Delete):
-            ends[where] = None
-            return None
-        if len(mutation.value) > MAX_ROW_BYTES:
-            return Refusal(
-                "too_large",
-                mutation.collection,
-                mutation.key,
-                expected=MAX_ROW_BYTES,
-                got=len(mutation.value),
-            )
-        ends[where] = StoredRow(revision, mutation.value)
-        return None
-
-    def _row(self, where: tuple[str, str, str]) -> StoredRow | None:
-        if where in self._overlay:
-            return self._overlay[where]
-        session, collection, key = where
-        rows = self._tables.session(session).collections.get(collection)
-        return None if rows is None else rows.get(key)
-
-    def _plan_append(
-        self,
-        wanted: Append,
-        chunks: ChunkColumns,
-        streams: dict[tuple[str, str], tuple[int, str]],
-    ) -> Refusal | None:
-        where = (wanted.session, wanted.generation_id)
-        state = streams.get(where) or self._streams.get(where)
-        if state is None:
-            stream = self._tables.session(wanted.session).streams.get(wanted.generation_id)
-            state = (stream.next_index, stream.closes) if stream else (0, "")
-        next_index, closes = state
-        if closes:
-            return Refusal("stream_closed", CHUNKS, wanted.generation_id)
-        if wanted.index != next_index:
-            return Refusal(
-                "sequence_gap",
-                CHUNKS,
-                wanted.generation_id,
-                expected=next_index,
-                got=wanted.index,
-            )
-        if wanted.start < 0 or wanted.count < 0 or wanted.start + wanted.count > len(chunks.types):
-            return Refusal("invalid_batch", CHUNKS, wanted.generation_id)
-        streams[where] = (next_index + wanted.count, wanted.closes)
-        return None
-
-    def _fence(self, runner: Runner, session: str) -> Refusal | None:
-        holders = self.epochs.get(runner.agent) or self._tables.epochs.get(runner.agent)
-        bucket = self._tables.session(session).bucket
-        current = holders.epoch_of(bucket) if holders else 0
-        if current == runner.epoch:
-            return None
-        resource = f"{runner.agent} in {session}"
-        return Refusal("fenced", key=resource, expected=current, got=runner.epoch)
-
-    def _accept(
-        self,
-        mutations: Sequence[Mutation],
-        revision: int,
-        ends: dict[tuple[str, str, str], StoredRow | None],
-        chunks: ChunkColumns,
-    ) -> None:
-        for mutation in mutations:
-            if isinstance(mutation, Append):
-                name, generation_id = mutation.session, mutation.generation_id
-                bucket = self._tables.session(name).bucket
-                start = self._chunk_count + mutation.start
-                stored = encode(msgspec.structs.replace(mutation, start=start))
-                append = Appended(mutation, chunks, start)
-                self._write(revision, APPEND, name, CHUNKS, generation_id, stored)
-                self.entries.append(
-                    Entry(revision, name, bucket, CHUNKS, generation_id, None, None, append)
-                )
-        for where, after in ends.items():
-            session, collection, key = where
-            before = self._row(where)
-            if before is None and after is None:
-                continue
-            bucket = self._tables.session(session).bucket
-            self._write(
-                revision,
-                REMOVE if after is None else PUT,
-                session,
-                collection,
-                key,
-                None if after is None else after.value,
-            )
-            self.entries.append(Entry(revision, session, bucket, collection, key, before, after))
-
-    def _claim(self, claim: ClaimBuckets, revision: int) -> None:
-        holders = (
-            self.epochs.get(claim.agent) or self._tables.epochs.get(claim.agent) or RunnerEpochs()
-        )
-        self.epochs[claim.agent] = holders = holders.claim(claim.low, claim.high, revision)
-        value = holders.encode()
-        self._write(revision, PUT, SYSTEM, EPOCHS, claim.agent, value)
-        self.system.append((EPOCHS, claim.agent, StoredRow(revision, value)))
-
-    def _write(
-        self,
-        revision: int,
-        op: int,
-        session: str,
-        collection: str,
-        key: str,
-        value: bytes | None,
-    ) -> None:
-        log = self.log
-        log.revisions.append(revision)
-        log.ops.append(op)
-        log.sessions.append(session)
-        log.collections.append(collection)
-        log.keys.append(key)
-        log.values.append(value)

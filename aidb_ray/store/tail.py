@@ -3,82 +3,133 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from aidb_ray.errors import CompactedError, ConflictError, SlowConsumerError
 from aidb_ray.store.changes import Change, Filter, FoundRow
 from aidb_ray.store.client import StoreClient
 
-Told: TypeAlias = tuple[Literal["insert", "update", "delete"], str, bytes | None, bytes | None, int]
-"""(op, key, before, after, revision)"""
+MAX_REMEMBERED_ROWS = 10_000
+
+Told: TypeAlias = tuple[Literal["insert", "update", "delete"], Change, bytes | None, bool]
+"""(op, change, row before, whether no other change of its commit follows)"""
 
 
 async def tail_changes(
     client: StoreClient, wanted: Filter, since: int | None, max_unread: int
-) -> AsyncIterator[Told]:
+) -> AsyncGenerator[Told, None]:
     """Yield changes after `since`, or from now on, once and in order.
 
-    `before` is None where the row was last changed before this began.
+    The row before is None where it was last changed before this began, or long ago.
     """
-    inbox: deque[Change] = deque()
-    arrived = asyncio.Event()
-    lost = False
-
-    def hear(changes: Sequence[Change]) -> None:
-        inbox.extend(changes)
-        arrived.set()
-
-    def begin_again(_rows: Sequence[FoundRow], _revision: int) -> None:
-        nonlocal lost
-        lost = True
-        arrived.set()
-
-    subscription = client.feed.subscribe(wanted, hear, begin_again, snapshot=False)
-    known: dict[tuple[str, str], bytes] = {}
+    inbox = _Inbox(max_unread)
+    before = _RowsBefore()
+    subscription = client.feed.subscribe(wanted, inbox.hear, inbox.lose, snapshot=False)
     try:
         started = await asyncio.shield(subscription.started)
-        if since is not None and since > started:
-            latest = (await client.status()).revision
-            if since > latest:
-                raise ConflictError(
-                    f"Revision {since} does not exist yet; the newest is {latest}.",
-                    code="revision_in_future",
-                    revision=latest,
-                )
+        newest = max(started, (await client.status()).revision)
+        if since is not None and since > newest:
+            raise ConflictError(
+                f"Revision {since} does not exist yet; the newest is {newest}.",
+                code="revision_in_future",
+                revision=newest,
+            )
+        # The feed may be behind; what it has yet to tell is older than "from now on".
+        inbox.last = newest if since is None else since
         if since is not None and since < started:
-            for change in await client.changes_between(wanted, since, started):
-                yield _told(change, known)
-        last = since if since is not None else started
+            for change, is_last in _marked(await client.changes_between(wanted, since, started)):
+                yield *before.advance(change), is_last
+            inbox.last = started
         while True:
-            while inbox:
-                if len(inbox) > max_unread:
-                    raise SlowConsumerError(
-                        f"{len(inbox)} changes wait unread; go on with changes(since={last}).",
-                        resume=last,
-                    )
-                change = inbox.popleft()
-                if change.revision <= (since or 0):
-                    continue
-                last = change.revision
-                yield _told(change, known)
-            if lost:
-                raise CompactedError(
-                    f"Changes after revision {last} are not kept any more; read the rows anew.",
-                    oldest=max(0, client.feed.cursor),
-                )
-            arrived.clear()
-            await arrived.wait()
+            while commit := inbox.take_commit():
+                for change, is_last in _marked(commit):
+                    yield *before.advance(change), is_last
+                inbox.last = commit[0].revision
+            inbox.check_lost(client.feed.cursor)
+            inbox.arrived.clear()
+            await inbox.arrived.wait()
     finally:
         client.feed.unsubscribe(subscription)
 
 
-def _told(change: Change, known: dict[tuple[str, str], bytes]) -> Told:
-    place = (change.session, change.key)
-    before = known.pop(place, None)
-    if change.value is not None:
-        known[place] = change.value
-        op = "insert" if before is None and change.is_new else "update"
-        return op, change.key, before, change.value, change.revision
-    return "delete", change.key, before, None, change.revision
+def _marked(changes: Sequence[Change]) -> Iterator[tuple[Change, bool]]:
+    """Yield changes with whether each is the last of its commit."""
+    for at, change in enumerate(changes):
+        is_end = at + 1 == len(changes)
+        yield change, is_end or changes[at + 1].revision != change.revision
+
+
+class _Inbox:
+    """Changes that were heard and not read yet; bounded.
+
+    Attributes:
+        last: Every change up to this revision was read, or is not wanted.
+    """
+
+    def __init__(self, max_unread: int) -> None:
+        self.last = -1
+        self.arrived = asyncio.Event()
+        self._unread: deque[Change] = deque()
+        self._max_unread = max_unread
+        self._is_too_slow = False
+        self._is_lost = False
+
+    def hear(self, changes: Sequence[Change]) -> None:
+        """Take whole commits from the feed."""
+        # A commit may be larger than the bound; then it must be the only one.
+        if self._unread and len(self._unread) + len(changes) > self._max_unread:
+            self._is_too_slow = True
+            self._unread.clear()
+        if not self._is_too_slow:
+            self._unread.extend(changes)
+        self.arrived.set()
+
+    def lose(self, _rows: Sequence[FoundRow], _revision: int) -> None:
+        """Hear that changes were missed."""
+        self._is_lost = True
+        self.arrived.set()
+
+    def take_commit(self) -> list[Change]:
+        """Return the changes of the next commit, none if there is none."""
+        if self._is_too_slow:
+            raise SlowConsumerError(
+                f"Over {self._max_unread} changes wait unread; go on with "
+                f"changes(since={self.last}).",
+                resume=self.last,
+            )
+        unread = self._unread
+        while unread and unread[0].revision <= self.last:
+            unread.popleft()
+        taken: list[Change] = []
+        while unread and (not taken or unread[0].revision == taken[0].revision):
+            taken.append(unread.popleft())
+        return taken
+
+    def check_lost(self, oldest: int) -> None:
+        """Raise if changes were missed."""
+        if self._is_lost:
+            raise CompactedError(
+                f"Changes after revision {self.last} are not kept any more; read the rows anew.",
+                oldest=max(0, oldest),
+            )
+
+
+class _RowsBefore:
+    """What rows were before their next change, for as many as fit."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+
+    def advance(
+        self, change: Change
+    ) -> tuple[Literal["insert", "update", "delete"], Change, bytes | None]:
+        place = (change.session, change.key)
+        before = self._rows.pop(place, None)
+        if change.value is None:
+            return "delete", change, before
+        self._rows[place] = change.value
+        if len(self._rows) > MAX_REMEMBERED_ROWS:
+            self._rows.popitem(last=False)
+        return ("insert" if change.is_new else "update"), change, before

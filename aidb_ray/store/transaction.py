@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from aidb_ray.errors import ConfigError, ConflictError, KeyMissingError
+from aidb_ray.errors import ConfigError, ConflictError, KeyMissingError, UnavailableError
 from aidb_ray.store.changes import Delete, Insert, Mutation, StoredRow, Update
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.local import LocalWrites, Write
@@ -41,6 +41,7 @@ class Patch:
     """Change these fields of the row as it is; `fields` None deletes it.
 
     Attributes:
+        fields: Prepared by the codec: values of JSON by stored name.
         expected_revision: The row must be of this revision, 0 for any.
         when: The row must pass this.
     """
@@ -54,6 +55,8 @@ class Patch:
 
 
 Intent: TypeAlias = NewRow | Patch
+Known: TypeAlias = Callable[[Patch], StoredRow | None]
+"""Gives the newest durable row that this process knows of, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Transaction:
 
     Attributes:
         revision: Revision of the commit, 0 until it is durable.
+        is_done: Whether it has ended, however it did.
         is_part: Whether it is committed with others, so that it cannot be awaited by itself.
     """
 
@@ -83,7 +87,7 @@ class Transaction:
         "_intents",
         "_shown",
         "_waiters",
-        "_was_awaited",
+        "_was_told",
         "_writes",
         "is_done",
         "is_part",
@@ -106,9 +110,9 @@ class Transaction:
         self._client = client
         self._writes = writes
         self._shown: list[tuple[Intent, Write]] = []
-        self._waiters: list[asyncio.Future[None]] = []
-        self._error: BaseException | None = None
-        self._was_awaited = False
+        self._waiters: list[asyncio.Future[None]] | None = None
+        self._error: Exception | None = None
+        self._was_told = False
 
     @property
     def mutations(self) -> list[MutationRecord]:
@@ -121,11 +125,9 @@ class Transaction:
                 "This write is part of a transaction and durable only at its end; await that.",
                 code="in_transaction",
             )
-        self._was_awaited = True
         if not self.is_done:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            yield from waiter
+            yield from self._wait()
+        self._was_told = True
         if self._error is not None:
             raise self._error
         return self
@@ -138,57 +140,61 @@ class Transaction:
     async def finished(self) -> None:
         """Wait until it has ended, however it did."""
         if not self.is_done:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+            await self._wait()
+
+    def _wait(self) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        return waiter
 
     def send_inserts(self) -> None:
         """Send a transaction that only inserts: no row need be looked at first."""
-        mutations: list[Mutation] = []
         session = self.session
+        mutations: list[Mutation] = []
         for intent in self._intents:
             assert isinstance(intent, NewRow)
             mutations.append(Insert(session, intent.collection, intent.key, intent.value))
         # First, since it may refuse: then nothing has been shown.
-        sent = self._client.commit(mutations)
+        self._client.send(mutations, self.settle)
         for intent in self._intents:
             assert isinstance(intent, NewRow)
             self.show(intent, intent.value)
-        sent.add_done_callback(self._settle_sent)
 
-    async def run(
-        self, base: Callable[[Patch], StoredRow | None], earlier: Sequence[Transaction] = ()
-    ) -> None:
+    async def run(self, known: Known, earlier: Sequence[Transaction] = ()) -> None:
         """Make and send mutations until the store accepts them or refuses for good.
 
-        `base` gives the row that this process knows, if it does; else the store is asked.
+        The first try is made on rows as they are `known` here, later ones on the store's.
         `earlier` are outstanding writes of the same rows: this one was made on top of them, so
         it waits for them and fails with them.
         """
         try:
             for transaction in earlier:
                 await transaction.finished()
-                if transaction.failed:
-                    raise _rolled_back(self._intents[0])
-            self.settle(await self._send_until_settled(base), None)
+                _check_durable(transaction, self._intents[0])
+            self.settle(await self._send_until_settled(known), None)
         except asyncio.CancelledError:
-            self.settle(0, asyncio.CancelledError("the event loop closed before the write went"))
+            self.settle(0, _closed())
             raise
         except Exception as error:  # noqa: BLE001  Whatever it is belongs to whoever awaits.
             self.settle(0, error)
 
-    async def _send_until_settled(self, base: Callable[[Patch], StoredRow | None]) -> int:
+    async def _send_until_settled(self, known: Known) -> int:
         for attempt in range(MAX_REMAKES + 1):
-            # What this process knows may be stale; after the first refusal the store is asked.
-            known = base if attempt == 0 else None
-            mutations = await make_mutations(self._client, self.session, self._intents, known)
+            # What is known here may be stale: a refusal counts only on the store's word.
+            is_certain = attempt > 0
             try:
+                mutations = await make_mutations(
+                    self._client, self.session, self._intents, None if is_certain else known
+                )
                 return await self._client.commit(mutations)
             except ConflictError as error:
-                if attempt == MAX_REMAKES or error.code != "conflict":
+                is_decided = error.code != "conflict" or _is_expected(self._intents, error)
+                if attempt == MAX_REMAKES or (is_decided and is_certain):
                     raise
             except KeyMissingError:
-                if attempt:
+                if is_certain:
                     raise
         raise AssertionError
 
@@ -197,14 +203,7 @@ class Transaction:
         write = self._writes.add(self.session, intent.collection, intent.key, value, self)
         self._shown.append((intent, write))
 
-    def _settle_sent(self, sent: asyncio.Future[int]) -> None:
-        if sent.cancelled():
-            self.settle(0, asyncio.CancelledError())
-        else:
-            error = sent.exception()
-            self.settle(0 if error else sent.result(), error)
-
-    def settle(self, revision: int, error: BaseException | None) -> None:
+    def settle(self, revision: int, error: Exception | None) -> None:
         """Record how it ended, settle what is shown, and wake whoever awaits."""
         self.is_done = True
         self.revision = revision
@@ -215,14 +214,18 @@ class Transaction:
                 writes.succeed(session, intent.collection, intent.key, write, revision)
             else:
                 writes.fail(session, intent.collection, intent.key, write)
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        if error is not None and not self._was_awaited:
-            asyncio.get_running_loop().call_soon(self._log_unless_awaited)
+        self._shown = []
+        if self._waiters is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._waiters = None
+        if error is not None:
+            # Whoever awaits it hears of it in this turn of the loop.
+            asyncio.get_running_loop().call_soon(self._log_unless_told)
 
-    def _log_unless_awaited(self) -> None:
-        if self._was_awaited:
+    def _log_unless_told(self) -> None:
+        if self._was_told:
             return
         for intent in self._intents:
             logger.error(
@@ -235,31 +238,28 @@ class Transaction:
 
 
 async def make_mutations(
-    client: StoreClient,
-    session: str,
-    intents: Sequence[Intent],
-    base: Callable[[Patch], StoredRow | None] | None = None,
+    client: StoreClient, session: str, intents: Sequence[Intent], known: Known | None = None
 ) -> list[Mutation]:
     """Return the mutations that intents come to on the rows as they are now.
 
-    Later intents see what earlier ones make of a row. `base` gives rows that are known here; the
-    store is asked for others.
+    Later intents see what earlier ones make of a row. The store is asked for rows that are not
+    `known` here.
 
     Raises:
         KeyMissingError: a patch names a row that is not there.
         ConflictError: a patch's condition or expected revision does not hold.
         ContractError: the patched row does not fit its type.
     """
-    known: dict[tuple[str, str], StoredRow | None] = {}
+    ends: dict[tuple[str, str], StoredRow | None] = {}
     mutations: list[Mutation] = []
     for intent in intents:
         where = (intent.collection, intent.key)
         if isinstance(intent, NewRow):
             mutations.append(Insert(session, *where, intent.value))
-            known[where] = StoredRow(0, intent.value)
+            ends[where] = StoredRow(0, intent.value)
             continue
-        row = known[where] if where in known else base(intent) if base else None
-        if row is None and where not in known:
+        row = ends[where] if where in ends else known(intent) if known else None
+        if row is None and where not in ends:
             found = await client.find(session, *where)
             row = None if found is None else StoredRow(found.revision, found.value)
         if row is None:
@@ -271,14 +271,14 @@ async def make_mutations(
         mutation = _make(session, intent, row)
         mutations.append(mutation)
         value = mutation.value if isinstance(mutation, Update) else None
-        known[where] = None if value is None else StoredRow(row.revision, value)
+        ends[where] = None if value is None else StoredRow(row.revision, value)
     return mutations
 
 
 def _make(session: str, intent: Patch, row: StoredRow) -> Update | Delete:
     expected = intent.expected_revision
     if expected and row.revision != expected:
-        raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}")
+        raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}", "conflict")
     if intent.when is not None and not intent.when(msgspec.json.decode(row.value)):
         raise _conflict(intent, row, "does not meet the condition", "condition_failed")
     if intent.fields is None:
@@ -297,19 +297,38 @@ def _op(intent: Intent) -> str:
             return "update"
 
 
-def _rolled_back(intent: Intent) -> ConflictError:
-    return ConflictError(
-        f"{intent.collection}[{intent.key!r}] was written on top of a write that was refused.",
-        code="rolled_back",
-        collection=intent.collection,
-        key=intent.key,
+def _is_expected(intents: Sequence[Intent], error: ConflictError) -> bool:
+    """Whether a write named the revision that the row had to be of."""
+    return any(
+        isinstance(intent, Patch)
+        and intent.expected_revision != 0
+        and (intent.collection, intent.key) == (error.collection, error.key)
+        for intent in intents
     )
 
 
-def _conflict(intent: Patch, row: StoredRow, words: str, code: str | None = None) -> ConflictError:
+def _check_durable(earlier: Transaction, intent: Intent) -> None:
+    if earlier.failed:
+        raise ConflictError(
+            f"{intent.collection}[{intent.key!r}] was written on top of a write that was refused.",
+            code="rolled_back",
+            collection=intent.collection,
+            key=intent.key,
+        )
+
+
+def _closed() -> UnavailableError:
+    return UnavailableError(
+        "The event loop closed before the write was known to be durable.",
+        outcome="unknown",
+        code="unknown_outcome",
+    )
+
+
+def _conflict(intent: Patch, row: StoredRow, words: str, code: str) -> ConflictError:
     return ConflictError(
         f"{intent.collection}[{intent.key!r}] {words}. Look at `current` and decide again.",
-        code=code or "revision_mismatch",
+        code=code,
         collection=intent.collection,
         key=intent.key,
         current=msgspec.json.decode(row.value),

@@ -20,7 +20,7 @@ from aidb_ray.store.snapshots import SessionRow
 from tests.frame_builders import abandon, make_chunks, open_log
 
 COLLECTION = "messages"
-SEGMENT_BYTES = 4096
+SEGMENT_BYTES = 1 << 14
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class History:
         self.attempts += 1
         attempt = self.attempts
         chunks = rng.choice((0, 0, 7))
-        value_bytes = rng.choice((20, 20, 900))
+        value_bytes = rng.choice((20, 900, 2500))
         frame = make_attempt(revision, attempt, chunks=chunks, value_bytes=value_bytes)
         self.unknown = {revision: attempt}
         try:

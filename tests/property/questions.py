@@ -155,7 +155,7 @@ def _combined(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Express
 conditions = st.recursive(leaves, _combined, max_leaves=6)
 directions: st.SearchStrategy[Direction] = st.sampled_from(["asc", "desc"])
 # Few values, so that rows often order alike.
-order_values = st.sampled_from([M.done, M.done, M.target_agent]) | scalars
+order_values = st.sampled_from([M.done, M.done, M.done, M.args.n]) | scalars
 selections = st.dictionaries(st.sampled_from("xyz"), scalars | st.just(M), min_size=1)
 totals: st.SearchStrategy[Expression] = st.one_of(
     st.just(count()),
@@ -164,28 +164,33 @@ totals: st.SearchStrategy[Expression] = st.one_of(
 )
 
 
+def one_in(times: int) -> st.SearchStrategy[bool]:
+    return st.sampled_from([*[False] * (times - 1), True])
+
+
 @st.composite
 def queries(draw: st.DrawFn) -> Query[Any]:
     query: Query[Any] = build(lambda q: q.from_(m=Messages()))
-    if draw(st.integers(0, 2)) == 2:
+    if draw(one_in(3)):
         condition = draw(conditions)
         query = query.where(lambda m, condition=condition: condition)
-    query = _grouped(query, draw) if draw(st.integers(0, 2)) == 2 else _plain(query, draw)
-    if draw(st.booleans()):
+    query = _grouped(query, draw) if draw(one_in(3)) else _plain(query, draw)
+    if draw(one_in(3)):
         query = query.distinct()
-    if draw(st.booleans()):
+    if draw(one_in(2)):
         query = query.offset(draw(st.integers(0, 2)))
-    if draw(st.booleans()):
-        query = query.limit(draw(st.sampled_from([1, 2, 3, 4, 0])))
-    if draw(st.integers(0, 7)) == 7:
+    if not draw(one_in(3)):
+        query = query.limit(draw(st.sampled_from([2, 1, 3, 4, 0])))
+    if draw(one_in(8)):
         query = query.find_one()
     return build(query)
 
 
 def _plain(query: Query[Any], draw: st.DrawFn) -> Query[Any]:
-    for value in draw(st.lists(order_values, max_size=2)):
+    few = 0 if draw(one_in(3)) else 1
+    for value in draw(st.lists(order_values, min_size=few, max_size=2)):
         query = query.order_by(lambda m, value=value: value, draw(directions))
-    if draw(st.booleans()):
+    if draw(one_in(2)):
         selection = draw(selections)
         query = query.select(lambda m: dict(selection))
     return query
@@ -196,7 +201,7 @@ def _grouped(query: Query[Any], draw: st.DrawFn) -> Query[Any]:
     computed = draw(st.lists(totals, min_size=1, max_size=3))
     if by:
         query = query.group_by(lambda m: by)
-    if draw(st.booleans()):
+    if draw(one_in(2)):
         having = draw(st.sampled_from([gt(count(), 1), lt(sum_(M.n), 2), ~is_null(max_(M.n))]))
         query = query.having(lambda m: having)
     for value in draw(st.lists(st.sampled_from([*by, *computed]), max_size=2)):

@@ -36,7 +36,7 @@ Place = list[tuple[Any, bool]]
 keys = st.tuples(st.sampled_from(["aidb://a/1", "aidb://a/2"]), st.sampled_from("abcdef"))
 written = st.tuples(rows, st.booleans())
 commits: st.SearchStrategy[list[Commit]] = st.lists(
-    st.dictionaries(keys, st.one_of(written, written, written, st.none()), min_size=2, max_size=8),
+    st.dictionaries(keys, st.one_of(written, written, written, st.none()), min_size=3, max_size=8),
     min_size=2,
     max_size=8,
 )
@@ -182,7 +182,7 @@ def fold(answer: dict[Any, Any], deltas: list[Delta[Any]]) -> None:
 def test_a_live_query_equals_the_same_query_run_afresh() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=500, deadline=None)
+    @settings(max_examples=300, deadline=None)
     @given(queries(), commits)
     def law(query: Query[Any], program: list[Commit]) -> None:
         pipeline = Pipeline(query)

@@ -390,11 +390,15 @@ def test_a_malformed_message_is_refused(message: Any) -> None:
 
 
 async def test_one_round_can_be_had_alone() -> None:
-    model: TextAdapter = ScriptedModel([["Hm. ", CallTool("add", {"a": 1, "b": 1})]])
+    def script(messages: Sequence[ModelMessage]) -> Reply:
+        return [messages[-1].content, CallTool("add", {"a": 1, "b": 1})]
+
+    model: TextAdapter = ScriptedModel(script)
     heard = Round()
 
     async for event in stream_round(model, HELLO, tools=[add]):
         heard.add(event)
 
+    assert heard.text == "Hello"
     assert heard.to_message().tool_calls[0].name == "add"
     assert parse_messages([heard.to_message()]) == [heard.to_message()]

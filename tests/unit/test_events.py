@@ -142,6 +142,12 @@ def test_a_fragment_is_stored_as_nothing_but_itself() -> None:
     assert rows[8] == ("TOOL_CALL_ARGS", '{"q":')
 
 
+def test_a_fragment_that_looks_like_the_mark_of_json_is_kept() -> None:
+    stream = [STREAM[3], text_content("m", '\x1e{"messageId":"m","delta":"no"}')]
+
+    assert decode(encode(stream)) == stream
+
+
 def test_a_reader_may_leave_fragments_out() -> None:
     rows = encode(STREAM)
 

@@ -330,16 +330,27 @@ def test_retry_after_has_three_forms(headers: dict[str, str], wait_ms: int | Non
     assert parse_retry_after(headers, now) == wait_ms
 
 
-@pytest.mark.parametrize(
-    ("pieces", "what"),
-    [([], "first token"), ([b": ping\n\n"], "first token"), ([HI[0]], "next piece")],
-)
-async def test_a_server_that_falls_silent_times_out(pieces: list[bytes], what: str) -> None:
-    body = Body(*pieces, then=asyncio.Event())
-    timeouts = Timeouts(first_token_ms=30, between_tokens_ms=30)
+SILENT_START = Timeouts(first_token_ms=30, between_tokens_ms=60_000)
+SILENT_MIDDLE = Timeouts(first_token_ms=60_000, between_tokens_ms=30)
 
-    with pytest.raises(ModelError, match=what) as caught:
-        await hear(adapter(Server(body), timeouts=timeouts, backoff=Backoff(retries=0)))
+
+@pytest.mark.parametrize(
+    ("pieces", "timeouts", "what"),
+    [
+        ([], SILENT_START, "first token"),
+        ([b": ping\n\n"], SILENT_START, "first token"),
+        ([chunk({"role": "assistant", "content": ""})], SILENT_START, "first token"),
+        ([HI[0]], SILENT_MIDDLE, "next piece"),
+    ],
+)
+async def test_a_server_that_falls_silent_times_out(
+    pieces: list[bytes], timeouts: Timeouts, what: str
+) -> None:
+    body = Body(*pieces, then=asyncio.Event())
+
+    async with asyncio.timeout(10):
+        with pytest.raises(ModelError, match=what) as caught:
+            await hear(adapter(Server(body), timeouts=timeouts, backoff=Backoff(retries=0)))
 
     assert (caught.value.code, caught.value.retryable) == ("timeout", True)
     assert body.was_closed

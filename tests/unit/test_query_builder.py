@@ -157,9 +157,6 @@ def test_a_query_knows_whether_it_depends_on_what_is_durable() -> None:
     assert not pending().reads_synced
 
 
-# Mistakes, each refused where it is written
-
-
 def cast_any(value: Any) -> Any:
     return value
 

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import pytest
 
-from aidb_ray import errors
-from aidb_ray.errors import AidbError, ToolError, UnavailableError
+from aidb_ray import errors, runtime
+from aidb_ray.errors import AidbError, ConfigError, ToolError, UnavailableError
 from aidb_ray.runtime import ActorRef, LocalRef
 
 ERRORS: tuple[Exception, ...] = (
@@ -105,15 +105,13 @@ class Probe:
 class StartProbe(Protocol):
     """Starts a `Probe`, wherever."""
 
-    async def __call__(
-        self, diary: Path | None = None, *, start_fails: bool = False
-    ) -> ActorRef[Probe]: ...
+    async def __call__(self, diary: Path | None = None) -> ActorRef[Probe]: ...
 
 
 @pytest.fixture
 def start_probe() -> StartProbe:
-    async def start(diary: Path | None = None, *, start_fails: bool = False) -> ActorRef[Probe]:
-        return LocalRef(Probe(diary, start_fails=start_fails))
+    async def start(diary: Path | None = None) -> ActorRef[Probe]:
+        return LocalRef(Probe(diary))
 
     return start
 
@@ -260,25 +258,6 @@ async def test_start_runs_unasked(probe: ActorRef[Probe]) -> None:
     await until_event(probe, "started")
 
 
-async def test_an_error_of_start_answers_every_call(start_probe: StartProbe) -> None:
-    probe = await start_probe(start_fails=True)
-    await until_failed(probe)
-
-    for _ in range(2):
-        with pytest.raises(ToolError, match="no start"):
-            await probe.ask(Probe.join, "a", right="b")
-    await probe.stop()
-
-
-async def until_failed(probe: ActorRef[Probe]) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                await probe.ask(Probe.events)
-            except ToolError:
-                return
-
-
 async def test_stop_lets_the_actor_close_down_and_ends_it(
     start_probe: StartProbe, tmp_path: Path
 ) -> None:
@@ -296,6 +275,18 @@ async def test_stop_lets_the_actor_close_down_and_ends_it(
         await probe.ask(Probe.join, "a", right="b")
     assert after.value.outcome == "not_applied"
     await probe.stop()
+
+
+async def test_an_actor_that_could_not_start_says_so_and_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    probe = LocalRef(Probe(start_fails=True))
+
+    assert await probe.ask(Probe.join, "a", right="b") == "ab"
+    await probe.stop()
+
+    assert "Probe could not start" in caplog.text
+    assert "ToolError: no start" in caplog.text
 
 
 async def test_more_pending_calls_than_allowed_are_refused() -> None:
@@ -360,3 +351,53 @@ async def test_an_actor_that_does_not_stop_in_time_is_ended(
     assert "did not stop within 20 ms" in caplog.text
     with pytest.raises(UnavailableError):
         await stubborn.ask(Stubborn.ping)
+
+
+def test_the_secret_of_a_cluster_is_readable_by_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", {"HOME": str(tmp_path)})
+    path = tmp_path / ".ray" / "auth_token"
+
+    runtime._provide_token()
+    first = path.read_text(encoding="utf-8")
+    runtime._provide_token()
+
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(first) == 64
+    assert path.read_text(encoding="utf-8") == first
+
+
+def test_without_a_home_the_secret_of_a_cluster_is_for_child_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    environment = {"HOME": str(tmp_path / "file")}
+    monkeypatch.setattr("os.environ", environment)
+
+    runtime._provide_token()
+
+    assert len(environment["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_secret_that_the_environment_settles_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"})
+
+    runtime._provide_token()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1:6379", "127.0.0.1:6379", "auto", "ray://10.0.0.9:10001", None]
+)
+def test_an_address_that_may_be_the_current_cluster_is_accepted(address: str | None) -> None:
+    runtime._check_same_cluster(address, "10.0.0.1:6379")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.2:6379", "10.0.0.1:6380"])
+def test_an_address_of_another_cluster_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="cannot join"):
+        runtime._check_same_cluster(address, "10.0.0.1:6379")

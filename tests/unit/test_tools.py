@@ -390,7 +390,7 @@ async def test_a_tool_pickles_with_its_checks() -> None:
     class Local(BaseModel):
         n: int
 
-    @tool
+    @tool(output_schema=int)
     async def double(value: Local) -> int:
         return value.n * 2
 
@@ -401,6 +401,7 @@ async def test_a_tool_pickles_with_its_checks() -> None:
     with pytest.raises(ToolError, match=r"value\.n"):
         await sent.call('{"value": {"n": "21"}}')
     assert sent.fingerprint() == double.fingerprint()
+    assert b"TypeAdapter" not in cloudpickle.dumps(double)
 
 
 async def test_a_tool_of_a_module_is_found_there_again() -> None:

@@ -1,0 +1,312 @@
+"""The commits of one flush, worked out before anything is written. Changes nothing. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+from zlib import crc32
+
+import msgspec
+
+from aidb_ray.store.changes import (
+    BUCKETS,
+    CHUNKS,
+    MAX_ROW_BYTES,
+    Append,
+    Batch,
+    ChunkColumns,
+    ClaimBuckets,
+    Commit,
+    Committed,
+    Delete,
+    Insert,
+    Mutation,
+    Refusal,
+    Runner,
+    StoredRow,
+    Update,
+    encode,
+)
+from aidb_ray.store.claims import RunnerEpochs
+from aidb_ray.store.columns import EMPTY
+from aidb_ray.store.tables import (
+    APPEND,
+    CLIENTS,
+    EPOCHS,
+    PUT,
+    REMOVE,
+    SYSTEM,
+    Appended,
+    ClientRecord,
+    Entry,
+    LogColumns,
+    SessionRows,
+    Tables,
+)
+
+Where: TypeAlias = tuple[str, str, str]
+"""(session, collection, key)"""
+
+_UNKNOWN = StoredRow(-1, b"")
+
+
+class _End:
+    """A row as a commit found it and as it leaves it."""
+
+    __slots__ = ("after", "before", "home")
+
+    def __init__(self, home: SessionRows, row: StoredRow | None) -> None:
+        self.home = home
+        self.before = row
+        self.after = row
+
+
+class Plan:
+    """The commits of one flush, worked out against the rows as they are and each other.
+
+    Each commit is accepted whole, with the next revision, or refused whole; what it saw were the
+    applied rows plus the earlier accepted commits of this plan. Refused commits take no revision.
+
+    Attributes:
+        first_revision: Revision of the first accepted commit, if there is one.
+        revision: Revision of the last accepted commit.
+        entries: What changed, in order; to be applied once `log` and `chunks` are durable.
+        system: Changes of the store's own rows, as (collection, key, row).
+        clients: Changed records of clients; None where one was dropped.
+    """
+
+    def __init__(self, tables: Tables, epoch: int) -> None:
+        self._tables = tables
+        self._epoch = epoch
+        self._overlay: dict[Where, StoredRow | None] = {}
+        self._streams: dict[tuple[str, str], tuple[int, str]] = {}
+        self._chunk_count = 0
+        self.first_revision = tables.revision + 1
+        self.revision = tables.revision
+        self.entries: list[Entry] = []
+        self.system: list[tuple[str, str, StoredRow | None]] = []
+        self.clients: dict[int, ClientRecord | None] = {}
+        self.epochs: dict[str, RunnerEpochs] = {}
+        self.chunks: list[ChunkColumns] = []
+        self.log = LogColumns([], [], [], [], [], [])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to write: every batch in it had been answered before."""
+        return not self.log.revisions
+
+    def add_client(self, supersedes: int) -> tuple[int, int]:
+        """Register a client: return its id, and the last number that `supersedes` applied (or 0).
+
+        Late batches of the superseded id are refused from then on.
+        """
+        self.revision += 1
+        known = self._client(supersedes)
+        if known is not None:
+            self.drop_client(supersedes)
+        self._set_client(self.revision, ClientRecord())
+        return self.revision, known.last_seq if known else 0
+
+    def drop_client(self, client_id: int) -> None:
+        """Forget a client; its batches are refused from then on."""
+        self.clients[client_id] = None
+        self._write(self.revision, REMOVE, SYSTEM, CLIENTS, str(client_id), None)
+        self.system.append((CLIENTS, str(client_id), None))
+
+    def add_batch(self, batch: Batch, raw: bytes) -> Committed | Refusal:
+        """Plan a client's batch, or answer it as before if it is one that was applied already."""
+        record = self._client(batch.client_id)
+        if record is None:
+            return Refusal("unknown_client")
+        checksum = crc32(raw)
+        if batch.first_seq == record.first_seq and record.last_seq >= batch.first_seq:
+            if checksum != record.checksum:
+                return Refusal("idempotency_mismatch", key=f"{batch.client_id}:{batch.first_seq}")
+            return record.outcome
+        if batch.first_seq != record.last_seq + 1:
+            return Refusal("batch_gap", expected=record.last_seq + 1, got=batch.first_seq)
+        chunks = batch.chunks or EMPTY
+        first = self.revision + 1
+        refused: list[tuple[int, Refusal]] = []
+        for index, commit in enumerate(batch.commits):
+            refusal = self._add_commit(commit, chunks)
+            if refusal is not None:
+                refused.append((index, refusal))
+        if chunks.types:
+            self.chunks.append(chunks)
+            self._chunk_count += len(chunks.types)
+        outcome = Committed(first, self._epoch, refused)
+        last_seq = batch.first_seq + len(batch.commits) - 1
+        self._set_client(
+            batch.client_id, ClientRecord(batch.first_seq, last_seq, checksum, outcome)
+        )
+        return outcome
+
+    def _client(self, client_id: int) -> ClientRecord | None:
+        if client_id in self.clients:
+            return self.clients[client_id]
+        return self._tables.clients.get(client_id)
+
+    def _set_client(self, client_id: int, record: ClientRecord) -> None:
+        self.clients[client_id] = record
+        value = encode(record)
+        self._write(self.revision, PUT, SYSTEM, CLIENTS, str(client_id), value)
+        self.system.append((CLIENTS, str(client_id), StoredRow(self.revision, value)))
+
+    def _add_commit(self, commit: Commit, chunks: ChunkColumns) -> Refusal | None:
+        revision = self.revision + 1
+        ends: dict[Where, _End] = {}
+        streams: dict[tuple[str, str], tuple[int, str]] = {}
+        claims: list[ClaimBuckets] = []
+        runner = commit.runner
+        for mutation in commit.mutations:
+            if isinstance(mutation, ClaimBuckets):
+                if not 0 <= mutation.low < mutation.high <= BUCKETS:
+                    return Refusal("invalid_buckets")
+                claims.append(mutation)
+                continue
+            refusal = None if runner is None else self._fence(runner, mutation.session)
+            if refusal is None:
+                if isinstance(mutation, Append):
+                    refusal = self._plan_append(mutation, chunks, streams)
+                else:
+                    refusal = self._plan_row(mutation, revision, ends)
+            if refusal is not None:
+                return refusal
+        self.revision = revision
+        if streams:
+            self._accept_appends(commit.mutations, revision, chunks)
+            self._streams.update(streams)
+        self._accept_rows(revision, ends)
+        for claim in claims:
+            self._claim(claim, revision)
+        return None
+
+    def _plan_row(
+        self, mutation: Insert | Update | Delete, revision: int, ends: dict[Where, _End]
+    ) -> Refusal | None:
+        where = (mutation.session, mutation.collection, mutation.key)
+        end = ends.get(where)
+        if end is None:
+            if where[0] == SYSTEM or where[1] == CHUNKS or where[1].startswith("~"):
+                return Refusal("reserved_name", mutation.collection, mutation.key)
+            end = ends[where] = self._look(where)
+        row = end.after
+        if isinstance(mutation, Insert):
+            if row is not None:
+                return Refusal("exists", mutation.collection, mutation.key)
+        elif row is None:
+            return Refusal("missing", mutation.collection, mutation.key)
+        elif mutation.base not in (row.revision, 0) and row.revision != revision:
+            return Refusal("conflict", mutation.collection, mutation.key, row.value, row.revision)
+        if isinstance(mutation, Delete):
+            end.after = None
+            return None
+        value = mutation.value
+        if len(value) > MAX_ROW_BYTES:
+            got = len(value)
+            return Refusal(
+                "too_large", mutation.collection, mutation.key, expected=MAX_ROW_BYTES, got=got
+            )
+        end.after = StoredRow(revision, value)
+        return None
+
+    def _look(self, where: Where) -> _End:
+        session, collection, key = where
+        home = self._tables.session(session)
+        row = self._overlay.get(where, _UNKNOWN)
+        if row is _UNKNOWN:
+            rows = home.collections.get(collection)
+            row = None if rows is None else rows.get(key)
+        return _End(home, row)
+
+    def _plan_append(
+        self,
+        wanted: Append,
+        chunks: ChunkColumns,
+        streams: dict[tuple[str, str], tuple[int, str]],
+    ) -> Refusal | None:
+        where = (wanted.session, wanted.generation_id)
+        state = streams.get(where) or self._streams.get(where)
+        if state is None:
+            stream = self._tables.session(wanted.session).streams.get(wanted.generation_id)
+            state = (stream.next_index, stream.closes) if stream else (0, "")
+        next_index, closes = state
+        if wanted.index < 0:
+            return Refusal("invalid_index", CHUNKS, wanted.generation_id, got=wanted.index)
+        if closes:
+            return Refusal("stream_closed", CHUNKS, wanted.generation_id)
+        if wanted.index != next_index:
+            return Refusal(
+                "sequence_gap",
+                CHUNKS,
+                wanted.generation_id,
+                expected=next_index,
+                got=wanted.index,
+            )
+        if wanted.start < 0 or wanted.count < 0 or wanted.start + wanted.count > len(chunks.types):
+            return Refusal("invalid_batch", CHUNKS, wanted.generation_id)
+        streams[where] = (next_index + wanted.count, wanted.closes)
+        return None
+
+    def _fence(self, runner: Runner, session: str) -> Refusal | None:
+        holders = self.epochs.get(runner.agent) or self._tables.epochs.get(runner.agent)
+        bucket = self._tables.session(session).bucket
+        current = holders.epoch_of(bucket) if holders else 0
+        if current == runner.epoch:
+            return None
+        resource = f"{runner.agent} in {session}"
+        return Refusal("fenced", key=resource, expected=current, got=runner.epoch)
+
+    def _accept_appends(
+        self, mutations: Sequence[Mutation], revision: int, chunks: ChunkColumns
+    ) -> None:
+        for mutation in mutations:
+            if not isinstance(mutation, Append):
+                continue
+            home = self._tables.session(mutation.session)
+            key = mutation.generation_id
+            start = self._chunk_count + mutation.start
+            stored = encode(msgspec.structs.replace(mutation, start=start))
+            self._write(revision, APPEND, home.name, CHUNKS, key, stored)
+            append = Appended(mutation, chunks, start)
+            self.entries.append(Entry(revision, home, CHUNKS, key, None, None, append))
+
+    def _accept_rows(self, revision: int, ends: dict[Where, _End]) -> None:
+        for where, end in ends.items():
+            before, after = end.before, end.after
+            if before is None and after is None:
+                continue
+            _, collection, key = where
+            home = end.home
+            value = None if after is None else after.value
+            op = REMOVE if after is None else PUT
+            self._write(revision, op, home.name, collection, key, value)
+            self._overlay[where] = after
+            self.entries.append(Entry(revision, home, collection, key, before, after))
+
+    def _claim(self, claim: ClaimBuckets, revision: int) -> None:
+        holders = (
+            self.epochs.get(claim.agent) or self._tables.epochs.get(claim.agent) or RunnerEpochs()
+        )
+        self.epochs[claim.agent] = holders = holders.claim(claim.low, claim.high, revision)
+        value = holders.encode()
+        self._write(revision, PUT, SYSTEM, EPOCHS, claim.agent, value)
+        self.system.append((EPOCHS, claim.agent, StoredRow(revision, value)))
+
+    def _write(
+        self,
+        revision: int,
+        op: int,
+        session: str,
+        collection: str,
+        key: str,
+        value: bytes | None,
+    ) -> None:
+        log = self.log
+        log.revisions.append(revision)
+        log.ops.append(op)
+        log.sessions.append(session)
+        log.collections.append(collection)
+        log.keys.append(key)
+        log.values.append(value)
