@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -286,6 +286,7 @@ def slices_to_table(generation_id: str, slices: Sequence[ChunkSlice]) -> pa.Tabl
             ("content", pa.string()),
         ]
     )
+    arrow: Any = pa  # Its stubs leave much of what follows unknown.
     own: list[str] = []
     batches: list[pa.RecordBatch] = []
     for part in slices:
@@ -293,8 +294,8 @@ def slices_to_table(generation_id: str, slices: Sequence[ChunkSlice]) -> pa.Tabl
             if name not in own:
                 own.append(name)
     filler = [""] * (_FIRST_OWN_CODE - len(_NAMES))
-    names = pa.array([*_NAMES, *filler, *own] if own else list(_NAMES))
-    ids = pa.array([generation_id])
+    names = arrow.array([*_NAMES, *filler, *own] if own else list(_NAMES))
+    ids = arrow.array([generation_id])
     for part in slices:
         count = len(part.columns.types)
         codes = part.columns.types
@@ -305,20 +306,25 @@ def slices_to_table(generation_id: str, slices: Sequence[ChunkSlice]) -> pa.Tabl
                 else c
                 for c in codes
             )
-        content = pa.StringArray.from_buffers(
+        content = arrow.StringArray.from_buffers(
             count,
             pa.py_buffer(b"\0\0\0\0" + part.columns.ends),
             pa.py_buffer(part.columns.payload),
         )
-        types = pa.UInt8Array.from_buffers(pa.uint8(), count, [None, pa.py_buffer(codes)])
+        types = arrow.UInt8Array.from_buffers(pa.uint8(), count, [None, pa.py_buffer(codes)])
         first = part.index
         batches.append(
-            pa.record_batch(
+            arrow.record_batch(
                 [
-                    pa.DictionaryArray.from_arrays(pa.array(bytes(count), pa.int8()), ids),
+                    arrow.DictionaryArray.from_arrays(
+                        arrow.Int8Array.from_buffers(
+                            pa.int8(), count, [None, pa.py_buffer(bytes(count))]
+                        ),
+                        ids,
+                    ),
                     _whole_numbers(first, count),
-                    pa.repeat(pa.scalar(part.attempt, pa.int32()), count),
-                    pa.DictionaryArray.from_arrays(types, names),
+                    arrow.repeat(arrow.scalar(part.attempt, pa.int32()), count),
+                    arrow.DictionaryArray.from_arrays(types, names),
                     content,
                 ],
                 schema=schema,
@@ -327,7 +333,7 @@ def slices_to_table(generation_id: str, slices: Sequence[ChunkSlice]) -> pa.Tabl
     return pa.Table.from_batches(batches, schema=schema)
 
 
-def _whole_numbers(first: int, count: int) -> pa.Array:
+def _whole_numbers(first: int, count: int) -> Any:
     import pyarrow as pa
 
     numbers = array("q", range(first, first + count))
@@ -410,7 +416,7 @@ async def stream_to_collection(
 
 
 @asynccontextmanager
-async def _closing(stream: AsyncIterator[Any]) -> AsyncIterator[None]:
+async def _closing(stream: AsyncIterator[Any]) -> AsyncGenerator[None]:
     """End a stream that is not read to its end, so that its request is aborted."""
     try:
         yield
@@ -433,9 +439,8 @@ def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
 
 def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], None]:
     def put(event: Any) -> None:
-        row = transform(event, buffer.next_index, buffer.generation_id)
-        fields = row if isinstance(row, dict) else row.__dict__
-        named = cast("dict[str, Any]", fields)
+        row: Any = transform(event, buffer.next_index, buffer.generation_id)
+        named: dict[str, Any] = cast("Any", row) if isinstance(row, dict) else vars(row)
         type_, content = named.get("type"), named.get("content", "")
         if not isinstance(type_, str) or not isinstance(content, str):
             raise ContractError(

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from aidb_ray.store.transaction import Transaction
 if TYPE_CHECKING:
     from aidb_ray.agents.agent import Agent
     from aidb_ray.chunks import ChunkCollection
+    from aidb_ray.query.builder import Query, QueryRoot, SingleQuery
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.store.files import FileSystem
 
@@ -235,13 +236,17 @@ class Database:
             _check_session(session)
         return Collection(self, name, schema, key=key, session=session)
 
-    async def query(self, fn: Callable[..., Any]) -> Any:
+    @overload
+    async def query(self, fn: Callable[[QueryRoot], SingleQuery[R]]) -> R | None: ...
+    @overload
+    async def query(self, fn: Callable[[QueryRoot], Query[R]]) -> list[R]: ...
+    async def query(self, fn: Callable[[QueryRoot], Query[Any]]) -> Any:
         """Run a query once: a list of rows, or one row or None for `find_one`."""
         from aidb_ray.query.live import run_query
 
         return await run_query(self, fn)
 
-    def live_query(self, fn: Callable[..., Any]) -> LiveQuery[Any]:
+    def live_query(self, fn: Callable[[QueryRoot], Query[R]]) -> LiveQuery[R]:
         """Return a query whose answer is kept current; `await live.ready()` before reading."""
         from aidb_ray.query.live import LiveQuery
 

@@ -357,9 +357,10 @@ class RayRef(Generic[A_co]):
             _log.warning("%r did not stop within %d ms and is ended", self, self._timeout_ms)
         except Exception as error:  # noqa: BLE001  However its end began, it ends below.
             _log.info("%r did not answer while stopping: %s", self, _words(error))
-        self._handle = None
-        with contextlib.suppress(ValueError):  # Ray has forgotten it already.
-            ray.kill(handle, no_restart=True)
+        finally:
+            self._handle = None
+            with contextlib.suppress(ValueError):  # Ray has forgotten it already.
+                ray.kill(handle, no_restart=True)
 
     async def _look_up(self, label: str) -> Any:
         """Return the handle of the actor that has the name now."""

@@ -93,7 +93,7 @@ def run_all(directory: Path, target: Path | None, *, is_quick: bool) -> int:
 def make_table(name: str, figures: Sequence[Figure], machine: dict[str, Any]) -> Table:
     """Return the figures for people."""
     place = f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['filesystem']}"
-    table = Table(title=name, caption=f"{place}; medians of several runs")
+    table = Table(title=name, caption=place)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("what it is")

@@ -119,23 +119,29 @@ class BareClient:
 class BareAgent:
     """Answers every user row, in as many rows as a real turn writes."""
 
-    def __init__(self, store: ActorRef[BareStore], tokens: Sequence[str]) -> None:
-        self._store = store
+    def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens = tokens
         self._history: dict[str, list[dict[str, Any]]] = {}
+        self._answering: asyncio.Task[None] | None = None
 
-    async def start(self) -> None:
-        """Answer until it is stopped."""
-        client = BareClient(self._store)
+    async def begin(self, store: ActorRef[BareStore]) -> None:
+        """Answer from now on until stopped."""
+        self._answering = asyncio.create_task(self._answer_all(store))
+
+    async def stop(self) -> None:
+        """Answer no more."""
+        if self._answering is not None:
+            self._answering.cancel()
+            await asyncio.wait([self._answering])
+
+    async def _answer_all(self, store: ActorRef[BareStore]) -> None:
+        client = BareClient(store)
         at = 0
         async with asyncio.TaskGroup() as turns:
             while True:
-                at, rows = await self._store.ask(BareStore.poll, at, "user")
+                at, rows = await store.ask(BareStore.poll, at, "user")
                 for row in rows:
                     turns.create_task(self._answer(client, row))
-
-    async def ready(self) -> None:
-        """Return when the process runs."""
 
     async def _answer(self, client: BareClient, row: Row) -> None:
         message = _decode(row.value)
@@ -161,8 +167,8 @@ async def bare_pipeline(rig: Rig, tokens: Sequence[str]) -> AsyncGenerator[Ask]:
     """Start the three and yield a function that asks."""
     async with rig.scratch() as home:
         store = (await rig.spawn(BareStore, home / "log")).with_timeout(POLL_TIMEOUT_MS)
-        agent = await rig.spawn(BareAgent, store, tokens)
-        await agent.ask(BareAgent.ready)
+        agent = await rig.spawn(BareAgent, tokens)
+        await agent.ask(BareAgent.begin, store)
         client = BareClient(store)
         expected: dict[str, asyncio.Future[str]] = {}
         numbers = count()

@@ -273,6 +273,16 @@ def _part(data: bytes) -> int:
     return Random(data).randrange(1, len(data))
 
 
+class UnsyncedFiles(FileSystem):
+    """Real files without waiting for the disk, for tests in which nothing crashes."""
+
+    def sync_data(self, fd: int) -> None:
+        """Do nothing."""
+
+    def sync_directory(self, path: Path) -> None:
+        """Do nothing."""
+
+
 class ForgetfulFiles(FileSystem):
     """A disk without a cache of the kernel: what was not synced dies with the process.
 

@@ -9,19 +9,22 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast, overload
 from uuid import uuid4
 
+from aidb_ray.database import Partition
 from aidb_ray.errors import UnavailableError
 from aidb_ray.runtime import ActorRef, LocalRef
 from aidb_ray.store.actor import StoreActor, StoreOptions
 from aidb_ray.store.changes import Insert, Mutation
 from aidb_ray.store.client import StoreClient
+from aidb_ray.store.collection import Collection
 from aidb_ray.store.files import FileSystem
 from aidb_ray.store.log import create_store
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 SESSION = "aidb://test/1"
 
@@ -241,9 +244,36 @@ async def open_store(directory: Path, **options: Any) -> AsyncIterator[Store]:
 async def until(condition: Callable[[], object]) -> None:
     """Let the loop turn until `condition` holds; fails after 10 s."""
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  Threads and files send no events.
             await asyncio.sleep(0.001)
 
 
 async def committed(client: StoreClient, *mutations: Mutation) -> int:
     return await client.commit(mutations)
+
+
+class Process:
+    """One process's connection to a store, with the collections it holds."""
+
+    def __init__(self, store: Store, **options: Any) -> None:
+        self.site = Partition(store.ref)
+        self.site.client = store.client(**options)
+
+    async def connected(self) -> None:
+        """It is."""
+
+    def site_of(self, session: str) -> Partition:
+        del session
+        return self.site
+
+    def sites_of(self, session: str) -> list[Partition]:
+        return [self.site_of(session)]
+
+    @overload
+    def collection(self, name: str, *, session: str = ...) -> Collection[dict[str, Any]]: ...
+    @overload
+    def collection(self, name: str, row_type: type[T], *, session: str = ...) -> Collection[T]: ...
+    def collection(
+        self, name: str, row_type: type[Any] | None = None, *, session: str = SESSION
+    ) -> Collection[Any]:
+        return Collection(self, name, row_type, session=session)

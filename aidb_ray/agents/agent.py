@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 from aidb_ray.agents.definition import AgentDefinition, raw_definition
 from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
 from aidb_ray.agents.replies import Replies, ReplyHandle
+from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor, ShardStatus
 from aidb_ray.contracts import CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
 from aidb_ray.errors import AidbError, ConfigError, KeyExistsError, UnavailableError
+from aidb_ray.models.base import TextAdapter
+from aidb_ray.models.tools import Tool
+from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
 from aidb_ray.store.changes import Filter
 from aidb_ray.store.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 
+W = TypeVar("W")
 OnChange = Literal["replace", "attach", "error"]
 RETIRE_MS = 60_000
 DRAIN_MS = 25_000
@@ -28,6 +33,30 @@ _STATUS_MS = 2_000
 _START_MS = 120_000
 
 
+@overload
+def create_agent(
+    definition: AgentDefinition,
+    /,
+    *,
+    database: Database | None = None,
+    on_change: OnChange = "replace",
+) -> Agent: ...
+@overload
+def create_agent(
+    *,
+    name: str,
+    pending_work: Callable[[QueryRoot], Query[W]],
+    generate: Callable[[GenerateContext[W]], Any],
+    session: Callable[[W], str] | None = None,
+    build_messages: Callable[[list[W], GenerateContext[W]], Any] | None = None,
+    on_response: Callable[[Any, list[W]], Any] | None = None,
+    adapter: TextAdapter | None = None,
+    instructions: str = "",
+    tools: Sequence[Tool] = (),
+    database: Database | None = None,
+    on_change: OnChange = "replace",
+    **options: Any,
+) -> Agent: ...
 def create_agent(
     definition: AgentDefinition | None = None,
     /,
@@ -55,7 +84,8 @@ def create_agent(
                 "Give create_agent(durable_agent(...)), or `pending_work` and `generate`.",
                 code="pending_work_required",
             )
-        definition = raw_definition(**{"generate": None, **options})
+        given: dict[str, Any] = {"generate": None, **options}
+        definition = raw_definition(**given)
     elif options:
         raise ConfigError(
             f"Options belong into durable_agent(...): {', '.join(options)}.", code="invalid_option"

@@ -10,11 +10,11 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import msgspec
 from pydantic import BaseModel
@@ -90,14 +90,14 @@ class Shard:
     runner: Runner
     tools: Mapping[str, Tool]
     running: int = 0
-    on_known: Callable[[str, str, str, int, bytes], None] = field(
-        default=lambda *_: None, repr=False
-    )
+
+
+W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateContext:
-    """What `generate` and `build_messages` are given.
+class GenerateContext(Generic[W]):
+    """What `generate` and `build_messages` are given; `W` is the type of pending rows.
 
     Attributes:
         messages: The conversation for the model.
@@ -106,7 +106,7 @@ class GenerateContext:
     """
 
     session: Session
-    pending: list[Any]
+    pending: list[W]
     messages: list[ModelMessage]
     tools: tuple[Tool, ...]
     adapter: TextAdapter | None
@@ -282,6 +282,8 @@ class GenerationRun:
     async def _ask(self) -> machine.Event:
         buffer = self._buffer
         if buffer.attempt != self._cycle.attempt:
+            # What is still held belongs to the attempt that failed.
+            self._shard.flusher.flush(buffer)
             buffer.attempt = self._cycle.attempt
             buffer.begin_attempt()
         try:
@@ -298,6 +300,8 @@ class GenerationRun:
             )
         except RunCancelledError as error:
             return machine.Cancelled(error.reason)
+        except TimeoutError as error:
+            return RoundFailed(_words(error), "timeout", is_retryable=True)
         except Exception as error:
             if _is_of_store(error):
                 raise
@@ -343,7 +347,7 @@ class GenerationRun:
             _message_codec.decode(messages[key].value) for key in self._pending if key in messages
         ]
 
-    def _context(self, messages: list[ModelMessage]) -> GenerateContext:
+    def _context(self, messages: list[ModelMessage]) -> GenerateContext[Any]:
         from aidb_ray.database import Session
 
         return GenerateContext(
@@ -376,6 +380,8 @@ class GenerationRun:
                     count = 0
                     flusher.check(buffer)
                     flusher.flush(buffer)
+        if heard.error is not None:
+            raise ModelError(heard.error, retryable=True, code="run_error")
         return heard
 
     async def _generate(self) -> machine.Event:
@@ -741,8 +747,8 @@ def _words(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def _silence_limit(limit_ms: int, buffer: ChunkBuffer) -> AsyncIterator[None]:
-    """Raise `TimeoutError` when the buffer gets no chunk for `limit_ms`, or an eighth longer.
+async def _silence_limit(limit_ms: int, buffer: ChunkBuffer) -> AsyncGenerator[None]:
+    """Raise `ModelError` when the buffer gets no chunk for `limit_ms`, or an eighth longer.
 
     It looks now and then: moving a timeout at every event would cost more than the event.
     """
@@ -761,12 +767,18 @@ async def _silence_limit(limit_ms: int, buffer: ChunkBuffer) -> AsyncIterator[No
         else:
             timer = loop.call_later(tick_s, look)
 
-    async with asyncio.timeout(None) as limit:
-        timer = loop.call_later(tick_s, look)
-        try:
+    limit = asyncio.timeout(None)
+    timer = loop.call_later(tick_s, look)
+    try:
+        async with limit:
             yield
-        finally:
-            timer.cancel()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        words = f"The model was silent for {limit_ms} ms."
+        raise ModelError(words, code="idle_timeout", retryable=True) from error
+    finally:
+        timer.cancel()
 
 
 def _seconds(ms: int | None) -> float | None:

@@ -198,8 +198,8 @@ class SessionState:
 
 def _size_of(call: ToolCallRow) -> int:
     # Results are JSON values; what they hold as text is most of what they weigh.
-    result = call.result
-    return 500 + (len(result) if isinstance(result, str | list | dict) else 0)
+    result: Any = call.result
+    return 500 + (len(result) if hasattr(result, "__len__") else 0)
 
 
 def _role(role: str) -> Any:

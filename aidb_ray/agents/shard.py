@@ -676,6 +676,7 @@ class _PartitionWork:
 
     async def run_one(self, session: str | None) -> bool:
         """Run one generation to its end, or wait for one that runs; False if nothing is due."""
+        self._raise_if_fenced()
         is_at_work = bool(self._runs) if session is None else session in self._runs
         if not self.is_open and not is_at_work and not self.is_retired:
             taken = self.queue.take(now_ms=now_ms(), only=session)
@@ -706,14 +707,15 @@ class _PartitionWork:
         opens = session is None
         self._drains += opens
         try:
+            self._raise_if_fenced()
             self._dispatch()
             while self._has_work(session):
-                self._raise_if_fenced()
                 if not self.is_open and not self.is_retired:
                     taken = self.queue.take(now_ms=now_ms(), only=session)
                     if taken is not None:
                         self._begin(taken)
                 await self._next_change()
+                self._raise_if_fenced()
         finally:
             self._drains -= opens
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar, cast, overload
 
 from aidb_ray.errors import QueryError
@@ -158,9 +158,11 @@ class Query(Generic[R_co]):
         """Keep at most `rows` rows."""
         return replace(self, max_rows=_whole(rows, "limit"))
 
-    def find_one(self) -> Query[R_co]:
-        """Ask for the first row only."""
-        return replace(self, is_single=True)
+    def find_one(self) -> SingleQuery[R_co]:
+        """Ask for the first row only; running it gives that row or None."""
+        parts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        parts["is_single"] = True
+        return SingleQuery[R_co](**parts)
 
     def join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """Raise `QueryError`: a query reads one source."""
@@ -240,6 +242,11 @@ class Query(Generic[R_co]):
         if self.is_single:
             lines.append("find one")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class SingleQuery(Query[R_co]):
+    """A question whose answer is one row or none; made by `find_one`."""
 
 
 class QueryRoot:

@@ -345,10 +345,11 @@ class Tables:
                 stream.extend(entry.revision, wanted, start, place, session)
             added += session.weight - weight
         system = self.session(SYSTEM)
+        weight = system.weight
         for collection, key, row in plan.system:
             system.is_dirty = True
             system.put(collection, key, row)
-        self.weight += added
+        self.weight += added + system.weight - weight
         for client_id, record in plan.clients.items():
             if record is None:
                 self.clients.pop(client_id, None)

@@ -52,7 +52,7 @@ from tests.faults import ForgetfulFiles
 CLIENTS: Final = 6
 COMMITS_A_BATCH: Final = 2
 CHUNKS_A_BATCH: Final = 2
-KILLS_A_STORE: Final = 60
+KILLS_A_STORE: Final = 30
 LONGEST_LIFE_S: Final = 0.5
 STORE_UUID: Final = "killed"
 
@@ -315,7 +315,7 @@ def note(data: bytes, promises: Promises, report: Report) -> None:
 
 
 def run(*, kills: int, seed: int, snapshot_bytes: int) -> Report:
-    """Kill stores `kills` times, each store at most 60 times.
+    """Kill stores `kills` times, each store at most 30 times.
 
     Raises:
         WrongError: a promise was broken.

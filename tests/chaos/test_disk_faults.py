@@ -255,6 +255,7 @@ def check_failed_sync_then_restart(directory: Path, at: int) -> None:
     rng = Random(at)
     with suppress(StorageError):
         history.live(files, rng, FRAMES)
+    files.fault = None
     history.live(files, rng, len(history.acked) + 2)
     files.power_cut()
     history.live(FaultyFiles(history.store), rng, FRAMES + 10)

@@ -20,7 +20,7 @@ from aidb_ray.errors import CorruptionError
 from aidb_ray.store import frames, recovery, segments
 from aidb_ray.store.frames import HEADER_SIZE, Frame, FrameHeader
 from aidb_ray.store.segments import SegmentReader, SegmentWalk, segment_path
-from tests.faults import FaultyFiles
+from tests.faults import UnsyncedFiles
 from tests.frame_builders import abandon, create, fill, make_frame, make_rows, open_log
 
 pytestmark = pytest.mark.chaos
@@ -57,8 +57,8 @@ class Victim:
 
 def make_victim(directory: Path) -> Victim:
     """Fill a log, and leave it as a killed process would."""
-    store = create(directory, FaultyFiles(directory))
-    log = open_log(store, FaultyFiles(store), segment_bytes=SEGMENT_BYTES)
+    store = create(directory, UnsyncedFiles())
+    log = open_log(store, UnsyncedFiles(), segment_bytes=SEGMENT_BYTES)
     earlier: dict[Path, bytes] = {}
     for number in range(FRAMES):
         if number == FRAMES - 12:
@@ -79,8 +79,7 @@ def read_files(store: Path) -> dict[Path, bytes]:
 
 def look(victim: Victim) -> tuple[list[int], int]:
     """Open the log and read everything; return the revisions served and the bytes cut off."""
-    files = FaultyFiles(victim.store)
-    log = open_log(victim.store, files, segment_bytes=SEGMENT_BYTES)
+    log = open_log(victim.store, UnsyncedFiles(), segment_bytes=SEGMENT_BYTES)
     try:
         served: list[int] = []
         for position, frame in log.frames(0):
@@ -236,22 +235,21 @@ def test_a_cut_anywhere_is_a_torn_tail(victim: Victim) -> None:
     ends = [*victim.offsets[-2:], end]
     torn = 0
     for length in range(victim.offsets[-3], end):
-        # Where the file ends there, and where space reserved ahead reads as zeros.
-        for damaged in (good[:length], good[:length].ljust(end, b"\0"))[length % 2 :]:
-            path.write_bytes(damaged)
-            served, torn_bytes = look(victim)
-            victim.restore()
-            assert served == list(range(1, FRAMES - 2 + sum(at <= length for at in ends)))
-            left = good[max(at for at in victim.offsets if at <= length) : length]
-            assert torn_bytes == len(left.rstrip(b"\0"))
-            torn += torn_bytes > 0
+        # The file ends there, or goes on with zeros where space was reserved ahead.
+        path.write_bytes(good[:length].ljust(end if length % 2 else length, b"\0"))
+        served, torn_bytes = look(victim)
+        victim.restore()
+        assert served == list(range(1, FRAMES - 2 + sum(at <= length for at in ends)))
+        left = good[max(at for at in victim.offsets if at <= length) : length]
+        assert torn_bytes == len(left.rstrip(b"\0"))
+        torn += torn_bytes > 0
     assert torn > 1000
 
 
 def test_a_cut_below_the_watermark_is_named(tmp_path: Path) -> None:
     """After a clean closing META knows up to where the log was durable."""
-    store = create(tmp_path, FaultyFiles(tmp_path))
-    log = open_log(store, FaultyFiles(store))
+    store = create(tmp_path, UnsyncedFiles())
+    log = open_log(store, UnsyncedFiles())
     fill(log, 5)
     end = log._writer.tail.offset
     log.close()
@@ -261,24 +259,24 @@ def test_a_cut_below_the_watermark_is_named(tmp_path: Path) -> None:
     for length in range(0, end, 3):
         path.write_bytes(good[:length].ljust(len(good), b"\0"))
         with pytest.raises(CorruptionError) as caught:
-            open_log(store, FaultyFiles(store))
+            open_log(store, UnsyncedFiles())
         assert caught.value.file == str(path)
     path.write_bytes(good)
-    open_log(store, FaultyFiles(store)).close()
+    open_log(store, UnsyncedFiles()).close()
 
 
 def check_stale_frame(directory: Path) -> None:
     """Put back a frame that once was written to the place where another was acknowledged."""
-    store = create(directory, FaultyFiles(directory))
-    log = open_log(store, FaultyFiles(store))
+    store = create(directory, UnsyncedFiles())
+    log = open_log(store, UnsyncedFiles())
     fill(log, 1)
     log.close()
     shutil.copytree(store, other := directory / "other")
-    log = open_log(other, FaultyFiles(other))
+    log = open_log(other, UnsyncedFiles())
     log.append(Frame(2, 1, make_rows([9])))
     log.close()
     stale = segment_path(other / "log", 0).read_bytes()
-    log = open_log(store, FaultyFiles(store))
+    log = open_log(store, UnsyncedFiles())
     fill(log, 2)
     start, end = (place.offset for place, _ in log.frames(1))
     log.close()
@@ -287,7 +285,7 @@ def check_stale_frame(directory: Path) -> None:
     path.write_bytes(good[:start] + stale[start:end] + good[end:])
 
     try:
-        abandon(open_log(store, FaultyFiles(store)))
+        abandon(open_log(store, UnsyncedFiles()))
     except CorruptionError:
         return
     raise AssertionError("a frame that was never acknowledged was believed")

@@ -92,6 +92,9 @@ class Worker:
     async def variable(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    async def niceness(self) -> int:
+        return os.nice(0)
+
     async def loop_module(self) -> str:
         return type(asyncio.get_running_loop()).__module__
 
@@ -201,6 +204,7 @@ async def test_environment_and_event_loop_of_an_actor() -> None:
 
     assert await worker.ask(Worker.variable, "AIDB_TEST") == "set"
     assert await worker.ask(Worker.loop_module) == "uvloop"
+    assert await worker.ask(Worker.niceness) == os.nice(0)
     await worker.stop()
 
 

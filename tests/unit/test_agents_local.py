@@ -1,45 +1,1217 @@
-"""What agents promise, shown in one process: `connect("local", durability="memory")`."""
+"""What agents promise, shown in one process, on a store that forgets."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from ag_ui.core import Event, TextMessageContentEvent
 from pydantic import BaseModel
 
 from aidb_ray import (
     Agent,
     AgentMessage,
-    CallTool,
+    Chunk,
     ConfigError,
-    ConflictError,
     Database,
     FencedError,
     Generation,
-    History,
     ModelError,
-    ModelMessage,
     Retry,
     RunCancelledError,
-    ScriptedModel,
-    Tool,
     ToolCall,
-    ToolContext,
+    UnavailableError,
     UsageLimits,
     connect,
     create_agent,
     durable_agent,
     eq,
+    replay,
     tool,
 )
-from aidb_ray.agents.agent import create_agent as _create
+from aidb_ray.agents.drain import DrainLifecycle
+from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor
 from aidb_ray.contracts import utc_now
+from aidb_ray.models.base import ModelMessage
+from aidb_ray.models.tools import ToolContext
+from aidb_ray.runtime import LocalRef
+from aidb_ray.testing import CallTool, Player, Reply, ScriptedModel
 
 URL = "aidb://echo/1"
 SOON_MS = 20_000
+NO_PAUSE = Retry(first_pause_ms=1, longest_pause_ms=1)
+
+
+class Model:
+    """What the model was asked, and a door that it waits at if it is told to."""
+
+    def __init__(self, play: Callable[[Sequence[ModelMessage]], Reply] | None = None) -> None:
+        self.asked: list[list[ModelMessage]] = []
+        self.was_asked = asyncio.Event()
+        self.door = asyncio.Event()
+        self.door.set()
+        self._play = play or (lambda messages: f"You said {messages[-1].content}.")
+        self.adapter = ScriptedModel(self._answer)
+
+    async def _answer(self, messages: Sequence[ModelMessage]) -> Reply:
+        self.asked.append(list(messages))
+        self.was_asked.set()
+        await self.door.wait()
+        return self._play(messages)
+
+    def close(self) -> None:
+        self.door.clear()
+        self.was_asked.clear()
+
+    @property
+    def last(self) -> list[tuple[str, str]]:
+        """The newest conversation as (role, content)."""
+        return [(message.role, message.content) for message in self.asked[-1]]
+
+
+@pytest.fixture
+async def db() -> AsyncIterator[Database]:
+    async with connect("local", durability="memory") as database:
+        yield database
+
+
+async def start(model: Model | Player, **options: Any) -> Agent:
+    adapter = model.adapter if isinstance(model, Model) else ScriptedModel(model)
+    agent = create_agent(durable_agent(**{"name": "echo", "adapter": adapter, **options}))
+    await agent.ready()
+    return agent
+
+
+async def ask(agent: Agent, text: str, session: str = URL, **options: Any) -> AgentMessage:
+    return await agent.send(text, session=session, **options).reply(timeout_ms=SOON_MS)
+
+
+async def rows_of(db: Database, collection: str, session: str = URL) -> list[Any]:
+    rows = getattr(db.session(session), collection)
+    return await db.query(lambda q: q.from_(r=rows).order_by(lambda r: r.created_at))
+
+
+async def generations(db: Database, session: str = URL) -> list[Generation]:
+    return await rows_of(db, "generations", session)
+
+
+async def chunks_of(db: Database, reply: AgentMessage) -> list[Chunk]:
+    chunks, generation_id = db.session(URL).chunks, str(reply.generation_id)
+    return [chunk async for chunk in replay(chunks, generation_id=generation_id)]
+
+
+async def calls(db: Database, session: str = URL) -> list[ToolCall]:
+    return await rows_of(db, "tool_calls", session)
+
+
+# The conversation.
+
+
+async def test_a_reply_says_what_it_answers_and_who_wrote_it(db: Database) -> None:
+    agent = await start(Model())
+    handle = agent.send("hello", session=URL, actor_id="user-42")
+
+    reply = await handle.reply(timeout_ms=SOON_MS)
+
+    assert reply.content == "You said hello."
+    assert reply.in_reply_to == handle.message_id
+    assert (reply.role, reply.actor_id, reply.target_agent) == ("assistant", "echo", "user-42")
+    [asked, stored] = await rows_of(db, "messages")
+    assert stored == reply
+    assert (asked.processed, asked.generation_id) == (True, reply.generation_id)
+    [generation] = await generations(db)
+    assert generation.id == reply.generation_id
+    assert (generation.status, generation.message_ids) == ("completed", [handle.message_id])
+
+
+async def test_the_model_reads_the_past_in_order(db: Database) -> None:
+    model = Model()
+    agent = await start(model, instructions="Be brief.")
+    await ask(agent, "one")
+    await ask(agent, "two")
+
+    assert model.last == [("user", "one"), ("assistant", "You said one."), ("user", "two")]
+
+
+async def test_messages_that_come_while_the_agent_talks_are_answered_together(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    first = agent.send("one", session=URL)
+    await model.was_asked.wait()
+    later = [agent.send(text, session=URL) for text in ("two", "three")]
+    await later[-1].sent
+    model.door.set()
+
+    replies = [await handle.reply(timeout_ms=SOON_MS) for handle in (first, *later)]
+
+    assert replies[0].in_reply_to == first.message_id
+    assert replies[1] == replies[2]
+    assert replies[1].in_reply_to == later[-1].message_id
+    assert model.last == [
+        ("user", "one"),
+        ("assistant", "You said one."),
+        ("user", "two"),
+        ("user", "three"),
+    ]
+    assert len(await generations(db)) == 2
+
+
+async def test_a_message_sent_twice_under_one_id_is_answered_once(db: Database) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    first = agent.send("hello", session=URL, message_id="m")
+    at_once = agent.send("hello", session=URL, message_id="m")
+    await first.sent
+    durable = agent.send("hello", session=URL, message_id="m")
+    model.door.set()
+    replies = [await each.reply(timeout_ms=SOON_MS) for each in (first, at_once, durable)]
+    answered = await ask(agent, "hello", message_id="m")
+    asked_for = await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+
+    assert len({reply.id for reply in (*replies, answered, asked_for)}) == 1
+    assert len(model.asked) == 1
+
+
+async def test_a_message_waits_until_it_is_due(db: Database) -> None:
+    model = Model()
+    agent = await start(model)
+    due = utc_now() + timedelta(milliseconds=120)
+    late = agent.send("late", session=URL, not_before=due)
+    never = agent.send("never", session=URL, not_before=utc_now() + timedelta(days=1))
+
+    await late.reply(timeout_ms=SOON_MS)
+
+    assert utc_now() >= due
+    assert [asked[-1].content for asked in model.asked] == ["late"]
+    assert (await agent.drain_until_idle()).completed
+    with pytest.raises(TimeoutError):
+        await never.reply(timeout_ms=1)
+
+
+async def test_events_of_an_answer_can_be_followed_and_replayed(db: Database) -> None:
+    agent = await start(Model(lambda _: ["Hel", "lo."]))
+    handle = agent.send("hello", session=URL)
+
+    heard = [event async for event in handle]
+    text = "".join(e.delta for e in heard if isinstance(e, TextMessageContentEvent))
+    reply = await handle.reply()
+    chunks = await chunks_of(db, reply)
+
+    assert text == "Hello."
+    assert [chunk.index for chunk in chunks] == list(range(len(heard)))
+    assert [chunk.type for chunk in chunks] == [event.type.value for event in heard]
+
+
+async def test_agents_of_one_session_do_not_answer_each_other_s_messages(db: Database) -> None:
+    one, two = Model(lambda _: "one"), Model(lambda _: "two")
+    agents = [
+        await start(one, name="one", stream_url=URL),
+        await start(two, name="two", stream_url=URL),
+    ]
+    replies = [await agent.send("hello").reply(timeout_ms=SOON_MS) for agent in agents]
+
+    assert [reply.content for reply in replies] == ["one", "two"]
+    assert one.last == two.last == [("user", "hello")]
+
+
+async def test_a_row_that_is_no_message_does_not_keep_others_from_being_answered(
+    db: Database,
+) -> None:
+    agent = await start(Model())
+    await ask(agent, "one")
+    foreign = db.session(URL).collection("messages")
+    await foreign.insert({"id": "odd", "targetAgent": "echo", "processed": False, "role": 3})
+
+    assert (await ask(agent, "two")).content == "You said two."
+
+
+# Tools.
+
+
+@tool
+async def add(a: int, b: int) -> int:
+    """Add."""
+    return a + b
+
+
+def sum_player(messages: Sequence[ModelMessage]) -> Reply:
+    last = messages[-1]
+    if last.role == "tool":
+        return f"It is {last.content}."
+    return [CallTool("add", {"a": 1, "b": 2}, id="c0"), CallTool("add", {"a": 3, "b": 4}, id="c1")]
+
+
+async def test_tool_calls_are_rows_and_their_answers_go_to_the_model(db: Database) -> None:
+    model = Model(sum_player)
+    agent = await start(model, tools=[add])
+
+    reply = await ask(agent, "sum")
+
+    assert reply.content == "It is 7."
+    rows = await calls(db)
+    gid = reply.generation_id
+    assert [(c.id, c.status, c.result, c.attempt) for c in rows] == [
+        (f"{gid}:0:0", "completed", 3, 1),
+        (f"{gid}:0:1", "completed", 7, 1),
+    ]
+    assert [m.role for m in model.asked[1]] == ["user", "assistant", "tool", "tool"]
+    assert [m.tool_call_id for m in model.asked[1][2:]] == ["c0", "c1"]
+    await ask(agent, "again")
+    assert [m.role for m in model.asked[2]] == [
+        "user", "assistant", "tool", "tool", "assistant", "user",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (CallTool("nope"), "unknown_tool"),
+        (CallTool("add", '{"a": 1'), "invalid_args"),
+        (CallTool("add", {"a": "x", "b": 1}), "invalid_args"),
+        (CallTool("fail"), "tool_error"),
+    ],
+)
+async def test_a_call_that_fails_is_answered_and_the_model_goes_on(
+    db: Database, call: CallTool, code: str
+) -> None:
+    @tool
+    def fail() -> str:
+        """Fail."""
+        raise RuntimeError("no")
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        return call if messages[-1].role == "user" else messages[-1].content
+
+    agent = await start(play, tools=[add, fail])
+
+    reply = await ask(agent, "go")
+
+    [row] = await calls(db)
+    assert (row.status, row.error_code) == ("failed", code)
+    assert code in reply.content
+
+
+async def test_a_tool_knows_its_key_attempt_and_session(db: Database) -> None:
+    seen: list[tuple[str, int, str]] = []
+
+    @tool
+    async def look(ctx: ToolContext) -> str:
+        """Look."""
+        seen.append((ctx.idempotency_key, ctx.attempt, ctx.session.url))
+        return "done"
+
+    agent = await start(lambda m: CallTool("look") if m[-1].role == "user" else "ok", tools=[look])
+    reply = await ask(agent, "go")
+
+    assert seen == [(f"{reply.generation_id}:0:0", 1, URL)]
+
+
+# What goes wrong with models.
+
+
+async def test_an_error_that_passes_is_tried_again_as_a_new_attempt(db: Database) -> None:
+    agent = create_agent(
+        durable_agent(
+            name="echo",
+            adapter=ScriptedModel(["Hello there."], fail_at=(0, 2)),
+            retry=NO_PAUSE,
+        )
+    )
+    handle = agent.send("hello", session=URL)
+    reply = await handle.reply(timeout_ms=SOON_MS)
+
+    assert reply.content == "Hello there."
+    chunks = await chunks_of(db, reply)
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    [marker] = [c for c in chunks if c.type == "CUSTOM"]
+    assert marker.content == '{"name":"attempt","value":2}'
+    assert {c.attempt for c in chunks if c.index < marker.index} == {1}
+    assert {c.attempt for c in chunks if c.index >= marker.index} == {2}
+
+
+@pytest.mark.parametrize(
+    ("error", "rounds", "code"),
+    [
+        (ModelError("Busy.", retryable=True, code="busy", retry_after_ms=5), 3, "busy"),
+        (ModelError("Bad key.", retryable=False, code="bad_key"), 1, "bad_key"),
+        (RuntimeError("mistake"), 1, "agent_error"),
+        (TimeoutError("mine"), 3, "timeout"),
+    ],
+)
+async def test_an_error_that_stays_fails_the_generation_and_whoever_waits_hears(
+    db: Database, error: Exception, rounds: int, code: str
+) -> None:
+    model = Model(lambda _: error)
+    agent = await start(model, retry=Retry(max_attempts=3, first_pause_ms=1, longest_pause_ms=1))
+    handle = agent.send("hello", session=URL)
+
+    with pytest.raises(ModelError) as raised:
+        await handle.reply(timeout_ms=SOON_MS)
+
+    assert raised.value.code == code
+    assert len(model.asked) == rounds
+    [generation] = await generations(db)
+    assert (generation.status, generation.error_code) == ("failed", code)
+    [message] = await rows_of(db, "messages")
+    assert (message.processed, message.generation_id) == (True, generation.id)
+    assert not await agent.has_pending_work()
+
+
+async def test_after_a_failure_the_conversation_goes_on(db: Database) -> None:
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        if messages[-1].content == "bad":
+            return ModelError("No.", retryable=False)
+        return "fine"
+
+    model = Model(play)
+    agent = await start(model)
+    with pytest.raises(ModelError):
+        await ask(agent, "bad")
+
+    assert (await ask(agent, "good")).content == "fine"
+    assert model.last == [("user", "bad"), ("user", "good")]
+
+
+async def test_a_model_that_falls_silent_is_given_up(db: Database) -> None:
+    never = asyncio.Event()
+
+    async def play(_: Sequence[ModelMessage]) -> Reply:
+        await never.wait()
+        return ""
+
+    agent = await start(play, idle_timeout_ms=20, retry=Retry(max_attempts=1))
+    with pytest.raises(ModelError) as raised:
+        await ask(agent, "hello")
+    assert raised.value.code == "idle_timeout"
+
+
+async def test_a_generation_that_takes_too_long_fails_and_its_calls_are_cancelled(
+    db: Database,
+) -> None:
+    stopped = asyncio.Event()
+
+    @tool
+    async def hang() -> str:
+        """Hang."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        return ""
+
+    agent = await start(lambda _: CallTool("hang"), tools=[hang], run_timeout_ms=60)
+    with pytest.raises(ModelError) as raised:
+        await ask(agent, "hello")
+
+    assert raised.value.code == "run_timeout"
+    assert stopped.is_set()
+    assert [call.status for call in await calls(db)] == ["cancelled"]
+
+
+async def test_rounds_and_tokens_have_bounds(db: Database) -> None:
+    agent = await start(lambda _: CallTool("add", {"a": 1, "b": 1}), tools=[add], max_iterations=2)
+    with pytest.raises(ModelError) as raised:
+        await ask(agent, "go")
+    assert raised.value.code == "max_iterations"
+    assert len(await calls(db)) == 1
+
+    greedy = await start(
+        lambda _: CallTool("add", {"a": 1, "b": 1}),
+        name="greedy",
+        tools=[add],
+        usage_limits=UsageLimits(max_total_tokens=1),
+    )
+    with pytest.raises(ModelError) as raised:
+        await ask(greedy, "go", "aidb://greedy/1")
+    assert raised.value.code == "usage_limit"
+
+
+async def test_an_answer_must_fit_its_schema(db: Database) -> None:
+    class Answer(BaseModel):
+        value: int
+
+    agent = create_agent(
+        durable_agent(
+            name="echo",
+            adapter=ScriptedModel(["no json", '{"value": 3}']),
+            output_schema=Answer,
+            retry=NO_PAUSE,
+        )
+    )
+    assert Answer.model_validate_json((await ask(agent, "go")).content) == Answer(value=3)
+
+
+async def test_an_answer_that_is_too_large_fails_the_generation(db: Database) -> None:
+    model = Model(lambda _: "x" * (3 << 20))
+    agent = await start(model)
+    with pytest.raises(ModelError) as raised:
+        await ask(agent, "go")
+    assert raised.value.code == "row_too_large"
+    assert len(model.asked) == 1
+
+
+# Cancelling.
+
+
+async def test_a_cancel_stops_what_runs_and_whoever_waits_hears(db: Database) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await model.was_asked.wait()
+
+    await asyncio.gather(
+        agent.cancel(session=URL, reason="enough"), agent.cancel(session=URL, reason="enough")
+    )
+
+    with pytest.raises(RunCancelledError) as raised:
+        await handle.reply(timeout_ms=SOON_MS)
+    assert raised.value.reason == "enough"
+    model.door.set()
+    assert (await ask(agent, "next")).content == "You said next."
+    assert [g.status for g in await generations(db)] == ["cancelled", "completed"]
+    await cancels_done(db)
+
+
+async def cancels_done(db: Database) -> None:
+    """Return once both requests are closed."""
+    requests = db.session(URL).cancel_requests
+    done = 0
+    async with db.live_query(lambda q: q.from_(r=requests)) as live:
+        async for delta in live:
+            done += delta.row.done
+            if done == 2:
+                return
+
+
+async def test_a_cancel_stops_a_tool_and_tells_it(db: Database) -> None:
+    started, signalled = asyncio.Event(), asyncio.Event()
+
+    @tool
+    async def hang(ctx: ToolContext) -> str:
+        """Hang."""
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if ctx.signal.is_aborted:
+                signalled.set()
+        return ""
+
+    agent = await start(lambda _: CallTool("hang"), tools=[hang])
+    handle = agent.send("hello", session=URL)
+    await started.wait()
+    await agent.cancel(session=URL)
+
+    with pytest.raises(RunCancelledError):
+        await handle.reply(timeout_ms=SOON_MS)
+    assert signalled.is_set()
+    assert [call.status for call in await calls(db)] == ["cancelled"]
+
+
+async def test_a_cancel_ends_messages_that_only_wait(db: Database) -> None:
+    model = Model()
+    agent = await start(model)
+    waits = agent.send("later", session=URL, not_before=utc_now() + timedelta(days=1))
+    await waits.sent
+    await agent.cancel(session=URL, reason="not needed")
+
+    with pytest.raises(RunCancelledError):
+        await waits.reply(timeout_ms=SOON_MS)
+    assert [event async for event in waits] == []
+    assert not model.asked
+    assert not await agent.has_pending_work()
+
+
+async def test_a_cancel_reaches_a_session_whose_rows_are_still_read(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    agent = await start(model)
+    client = db.partitions[0].client
+    read_session = client.read_session
+    asked, door = asyncio.Event(), asyncio.Event()
+
+    async def slow_read(*args: Any) -> Any:
+        found = await read_session(*args)
+        asked.set()
+        await door.wait()
+        return found
+
+    monkeypatch.setattr(client, "read_session", slow_read)
+    handle = agent.send("hello", session=URL)
+    await asked.wait()
+    await agent.cancel(session=URL)
+    await heard_everything(db)
+    door.set()
+
+    with pytest.raises(RunCancelledError):
+        await handle.reply(timeout_ms=SOON_MS)
+    assert not model.asked
+
+
+async def heard_everything(db: Database) -> None:
+    client = db.partitions[0].client
+    await client.feed.reached((await client.status()).revision)
+
+
+async def test_a_cancel_covers_nothing_that_was_written_after_it(db: Database) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    before = agent.send("before", session=URL)
+    await before.sent
+    await agent.cancel(session=URL)
+    after = agent.send("after", session=URL)
+    await after.sent
+
+    with pytest.raises(RunCancelledError):
+        await before.reply(timeout_ms=SOON_MS)
+    assert (await agent.drain_until_idle()).completed
+    assert (await after.reply(timeout_ms=SOON_MS)).content == "You said after."
+
+
+async def test_a_finished_call_stays_finished_when_its_generation_is_cancelled(
+    db: Database,
+) -> None:
+    started = asyncio.Event()
+
+    @tool
+    async def hang() -> str:
+        """Hang."""
+        started.set()
+        await asyncio.Event().wait()
+        return ""
+
+    agent = await start(
+        lambda _: [CallTool("add", {"a": 1, "b": 2}), CallTool("hang")], tools=[add, hang]
+    )
+    handle = agent.send("go", session=URL)
+    await started.wait()
+    await call_has(db, "completed")
+    await agent.cancel(session=URL)
+
+    with pytest.raises(RunCancelledError):
+        await handle.reply(timeout_ms=SOON_MS)
+    assert sorted(call.status for call in await calls(db)) == ["cancelled", "completed"]
+
+
+async def call_has(db: Database, status: str) -> None:
+    rows = db.session(URL).tool_calls
+    live = db.live_query(lambda q: q.from_(r=rows).where(lambda r: eq(r.status, status)))
+    async with live:
+        async for _ in live:
+            return
+
+
+# The loop.
+
+
+async def test_an_agent_that_does_not_start_by_itself_works_when_asked(db: Database) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    one, two = URL, "aidb://echo/2"
+    for session in (one, two):
+        await agent.send("hello", session=session).sent
+
+    assert await agent.has_pending_work()
+    assert await agent.in_session(two).run_generation_cycle()
+    assert not await agent.has_pending_work(session=two)
+    assert not await agent.in_session(two).run_generation_cycle()
+    assert len(model.asked) == 1
+    drained = await agent.in_session(one).drain_until_idle()
+    assert (drained.completed, drained.cycles) == (True, 1)
+    assert not await agent.has_pending_work()
+    await agent.send("more", session=one).sent
+    assert await agent.has_pending_work(), "a drain left the agent reactive"
+    assert await agent.run_generation_cycle()
+    assert len(model.asked) == 3
+
+
+async def test_a_drain_tells_its_caller_how_far_it_is(db: Database) -> None:
+    agent = await start(Model(), autostart=False)
+    for number in range(3):
+        await agent.send("hello", session=f"aidb://echo/{number}").sent
+    told: list[object] = []
+
+    async def heartbeat() -> None:
+        told.append("alive")
+
+    async def checkpoint(made: Sequence[Any]) -> None:
+        told.append(list(made))
+
+    async def build() -> Sequence[Any]:
+        return ["cursor"]
+
+    drained = await agent.drain_until_idle(
+        lifecycle=DrainLifecycle(heartbeat, checkpoint), build_checkpoint=build
+    )
+
+    assert (drained.completed, drained.cycles) == (True, 3)
+    assert told[-2:] == ["alive", ["cursor"]]
+
+
+async def test_at_its_deadline_a_drain_stops_what_it_began_and_the_row_stays(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await handle.sent
+
+    drained = await agent.drain_until_idle(max_duration_ms=80, headroom_ms=10)
+
+    assert not drained.completed
+    assert (await agent.status())[0].running == 0
+    assert await agent.has_pending_work()
+    model.door.set()
+    assert (await agent.drain_until_idle()).completed
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "You said hello."
+    [generation] = await generations(db)
+    assert (generation.attempt, generation.status) == (2, "completed")
+
+
+async def test_two_drains_at_once_leave_the_agent_as_it_was(db: Database) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    model.close()
+    await agent.send("hello", session=URL).sent
+    drains = [asyncio.create_task(agent.drain_until_idle()) for _ in range(2)]
+    await model.was_asked.wait()
+    model.door.set()
+    assert all([(await drain).completed for drain in drains])
+
+    await agent.send("more", session=URL).sent
+    await heard_everything(db)
+    assert await agent.has_pending_work()
+    assert len(model.asked) == 1
+
+
+async def test_one_session_of_many_does_not_keep_others_waiting(db: Database) -> None:
+    slow = asyncio.Event()
+
+    async def play(messages: Sequence[ModelMessage]) -> Reply:
+        if messages[-1].content == "slow":
+            await slow.wait()
+        return "done"
+
+    agent = await start(play, max_running=2)
+    held = agent.send("slow", session="aidb://echo/slow")
+    for number in range(20):
+        await ask(agent, "quick", f"aidb://echo/{number}")
+    slow.set()
+    await held.reply(timeout_ms=SOON_MS)
+
+
+async def test_no_more_sessions_are_at_work_than_allowed(db: Database) -> None:
+    running = most = 0
+
+    async def play(_: Sequence[ModelMessage]) -> Reply:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return "done"
+
+    agent = await start(play, max_running=3)
+    handles = [agent.send("hello", session=f"aidb://echo/{number}") for number in range(30)]
+    for handle in handles:
+        await handle.reply(timeout_ms=SOON_MS)
+    assert most == 3
+
+
+# Names and identity.
+
+
+async def test_an_agent_of_a_pattern_has_no_session_of_its_own(db: Database) -> None:
+    agent = await start(Model())
+    for use in (lambda: agent.collections, lambda: agent.send("hello")):
+        with pytest.raises(ConfigError) as raised:
+            use()
+        assert raised.value.code == "session_required"
+    with pytest.raises(ConfigError) as raised:
+        agent.in_session("aidb://other/1")
+    assert raised.value.code == "foreign_session"
+    there = agent.in_session(URL)
+    assert (await there.send("hello").reply(timeout_ms=SOON_MS)).content == "You said hello."
+    assert len(await db.query(lambda q: q.from_(m=there.collections.messages))) == 2
+
+
+async def test_an_equal_definition_attaches(db: Database) -> None:
+    one = await start(Model(), version="1")
+    [before] = await one.status()
+    two = await start(Model(), version="1")
+    [after] = await two.status()
+    assert after.epoch == before.epoch
+
+
+async def test_another_definition_replaces_after_what_runs_has_ended(db: Database) -> None:
+    old_model, new_model = Model(lambda _: "old"), Model(lambda _: "new")
+    old = await start(old_model, version="1")
+    [before] = await old.status()
+    old_model.close()
+    running = old.send("hello", session=URL)
+    await old_model.was_asked.wait()
+    waiting = old.send("and me?", session=URL)
+
+    replacing = asyncio.create_task(start(new_model, version="2"))
+    await waiting.sent
+    assert not replacing.done()
+    old_model.door.set()
+    new = await replacing
+
+    assert (await running.reply(timeout_ms=SOON_MS)).content == "old"
+    assert (await waiting.reply(timeout_ms=SOON_MS)).content == "new"
+    [after] = await new.status()
+    assert after.epoch > before.epoch
+    assert len(old_model.asked) == len(new_model.asked) == 1
+
+
+async def test_another_definition_may_attach_or_be_refused(db: Database) -> None:
+    await start(Model(lambda _: "first"), version="1")
+    other = durable_agent(name="echo", adapter=ScriptedModel(["second"]), version="2")
+
+    refused = create_agent(other, on_change="error")
+    with pytest.raises(ConfigError) as raised:
+        await refused.ready()
+    assert raised.value.code == "agent_exists"
+    attached = create_agent(other, on_change="attach")
+    assert (await ask(attached, "hello")).content == "first"
+
+
+async def test_an_agent_that_was_ended_can_be_created_again(db: Database) -> None:
+    first = await start(Model(lambda _: "first"))
+    await first.aclose()
+    with pytest.raises(ConfigError) as raised:
+        await db.agent("echo").ready()
+    assert raised.value.code == "agent_missing"
+
+    again = await start(Model(lambda _: "again"))
+    assert (await ask(again, "hello")).content == "again"
+
+
+async def test_ending_an_agent_ends_what_it_started_and_a_later_one_goes_on(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await model.was_asked.wait()
+    before = asyncio.all_tasks()
+    await agent.aclose()
+    assert not [task for task in asyncio.all_tasks() & before if "_work" in repr(task)]
+
+    model.door.set()
+    again = await start(model)
+    reply = await again.reply_to(handle.message_id, session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "You said hello."
+    assert len(await generations(db)) == 1
+
+
+async def test_two_runners_the_older_is_refused_and_stops(db: Database) -> None:
+    """One runner holds a session: what the other one does writes nothing."""
+    old_model, new_model = Model(lambda _: "old"), Model(lambda _: "new")
+    old_model.close()
+    old = LocalRef(AgentActor(db, durable_agent(name="echo", adapter=old_model.adapter), 0))
+    await old.ask(AgentActor.ready)
+    listener = await start_reading(db)
+    handle = listener.send("hello", session=URL)
+    await old_model.was_asked.wait()
+
+    new = LocalRef(AgentActor(db, durable_agent(name="echo", adapter=new_model.adapter), 0))
+    await new.ask(AgentActor.ready)
+    reply = await handle.reply(timeout_ms=SOON_MS)
+    drain = asyncio.create_task(old.ask(AgentActor.drain, None, SOON_MS))
+    old_model.door.set()
+    with pytest.raises(FencedError):
+        await drain
+    assert (await old.ask(AgentActor.status)).fenced
+
+    assert reply.content == "new"
+    stored = await rows_of(db, "messages")
+    assert [message.content for message in stored] == ["hello", "new"]
+    assert (await new.ask(AgentActor.status)).epoch > (await old.ask(AgentActor.status)).epoch
+    with pytest.raises(FencedError):
+        await old.ask(AgentActor.run_cycle, URL)
+    with pytest.raises(FencedError):
+        await old.ask(AgentActor.drain, None, SOON_MS)
+    second = await listener.send("more", session=URL).reply(timeout_ms=SOON_MS)
+    assert second.content == "new"
+    assert len(old_model.asked) == 1
+    await asyncio.gather(old.stop(), new.stop())
+
+
+async def start_reading(db: Database) -> Agent:
+    """Return a handle that starts nothing: it only writes messages and hears replies."""
+    return Agent(db, "echo", "aidb://echo/*", 1)
+
+
+# Robustness.
+
+
+async def test_a_message_that_is_deleted_while_it_is_answered_leaves_nothing_open(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await model.was_asked.wait()
+    await db.session(URL).messages.delete(handle.message_id)
+    model.door.set()
+
+    assert (await agent.drain_until_idle()).completed
+    [generation] = await generations(db)
+    assert generation.status == "completed"
+    assert (await ask(agent, "next")).content == "You said next."
+
+
+async def test_a_message_that_is_edited_while_it_is_answered_is_stamped_as_it_is_now(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await model.was_asked.wait()
+    await db.session(URL).messages.update(handle.message_id, {"content": "hello!"})
+    model.door.set()
+
+    await handle.reply(timeout_ms=SOON_MS)
+    [asked, _] = await rows_of(db, "messages")
+    assert (asked.content, asked.processed) == ("hello!", True)
+    assert len(model.asked) == 1
+
+
+async def test_a_message_that_someone_else_processed_is_not_answered(db: Database) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    handle = agent.send("hello", session=URL)
+    await handle.sent
+    await db.session(URL).messages.update(handle.message_id, {"processed": True})
+    assert not await agent.run_generation_cycle()
+    assert not model.asked
+
+
+async def test_losing_the_feed_loses_no_message(db: Database) -> None:
+    """After a gap, what is known of a session at work is too old to go by."""
+    model = Model()
+    agent = await start(model)
+    model.close()
+    first = agent.send("one", session=URL)
+    await model.was_asked.wait()
+    feed = db.partitions[0].client.feed
+    feed._generation = "of another store"
+    second = agent.send("two", session=URL)
+    await second.sent
+    model.door.set()
+
+    assert (await first.reply(timeout_ms=SOON_MS)).content == "You said one."
+    assert (await second.reply(timeout_ms=SOON_MS)).content == "You said two."
+    assert len(model.asked) == 2
+
+
+async def test_what_the_store_cannot_say_for_a_while_is_tried_again(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aidb_ray.agents.shard.FAILURE_PAUSE_MS", 1)
+    agent = await start(Model())
+    client = db.partitions[0].client
+    read_session = client.read_session
+    failures = 3
+
+    async def failing_read(*args: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise UnavailableError("Away.", outcome="not_applied")
+        return await read_session(*args)
+
+    monkeypatch.setattr(client, "read_session", failing_read)
+    assert (await ask(agent, "hello")).content == "You said hello."
+    assert failures == 0
+
+
+async def test_replies_are_told_apart_from_failures_in_one_batch(db: Database) -> None:
+    """Ends may be heard before the replies that were committed with them."""
+    gate = asyncio.Event()
+
+    async def play(messages: Sequence[ModelMessage]) -> Reply:
+        await gate.wait()
+        if messages[-1].content == "bad":
+            return ModelError("No.", retryable=False)
+        return "fine"
+
+    agent = await start(play)
+    texts = ["bad" if number % 2 == 0 else "good" for number in range(40)]
+    handles = [
+        agent.send(text, session=f"aidb://echo/{number}") for number, text in enumerate(texts)
+    ]
+    gate.set()
+    results = await asyncio.gather(
+        *(handle.reply(timeout_ms=SOON_MS) for handle in handles), return_exceptions=True
+    )
+
+    for text, result in zip(texts, results, strict=True):
+        if text == "bad":
+            assert isinstance(result, ModelError)
+        else:
+            assert isinstance(result, AgentMessage)
+
+
+# Collections of the user's own.
+
+
+class Task(BaseModel):
+    id: str
+    thread: str = "t"
+    body: str = ""
+    target: str = "planner"
+    done: bool = False
+
+
+def tasks_of(db: Database, session: str | None = None) -> Any:
+    return db.collection("tasks", Task, session=session)
+
+
+async def start_raw(db: Database, generate: Any, **options: Any) -> Agent:
+    tasks = options.pop("tasks", None) or tasks_of(db)
+    agent = create_agent(
+        name="planner",
+        pending_work=lambda q: q.from_(t=tasks).where(
+            lambda t: (eq(t.target, "planner")) & (eq(t.done, False))
+        ),
+        generate=generate,
+        **options,
+    )
+    await agent.ready()
+    return agent
+
+
+async def raw_rows(db: Database) -> list[Task]:
+    tasks = tasks_of(db)
+    return await db.query(lambda q: q.from_(t=tasks).order_by(lambda t: t.id))
+
+
+async def test_a_raw_agent_answers_rows_of_the_user_s_own(db: Database) -> None:
+    seen: list[tuple[Any, list[ModelMessage]]] = []
+
+    async def generate(ctx: GenerateContext) -> str:
+        seen.append((ctx.pending, ctx.messages))
+        return f"plan for {ctx.messages[0].content}"
+
+    def respond(response: str, pending: list[Task]) -> None:
+        tasks = tasks_of(db)
+        for row in pending:
+            tasks.update(row.id, {"done": True})
+        tasks.insert({"id": "answer", "target": "user", "body": response, "done": True})
+
+    agent = await start_raw(
+        db,
+        generate,
+        build_messages=lambda pending, _: [{"role": "user", "content": p.body} for p in pending],
+        on_response=respond,
+    )
+    await tasks_of(db).insert({"id": "a", "body": "x"})
+    assert (await agent.drain_until_idle()).completed
+
+    rows = await raw_rows(db)
+    assert [(row.id, row.body, row.done) for row in rows] == [
+        ("a", "x", True),
+        ("answer", "plan for x", True),
+    ]
+    assert len(seen) == 1
+    assert seen[0][0] == [Task(id="a", body="x")]
+    generations = db.collection("generations", Generation)
+    [generation] = await db.query(lambda q: q.from_(g=generations))
+    assert (generation.status, generation.message_ids) == ("completed", ["a"])
+
+
+class Plan(BaseModel):
+    steps: list[str]
+
+
+async def texts() -> AsyncIterator[str]:
+    yield "Hel"
+    yield "lo"
+
+
+async def events() -> AsyncIterator[Event]:
+    for delta in ("Hel", "lo"):
+        yield TextMessageContentEvent(message_id="m", delta=delta)
+
+
+@pytest.mark.parametrize(
+    ("result", "response"),
+    [
+        (lambda: "Hello", "Hello"),
+        (lambda: Plan(steps=["a"]), Plan(steps=["a"])),
+        (texts, "Hello"),
+        (events, "Hello"),
+    ],
+    ids=["text", "model", "texts", "events"],
+)
+async def test_generate_may_return_text_a_model_or_a_stream(
+    db: Database, result: Callable[[], Any], response: object
+) -> None:
+    heard: list[object] = []
+
+    def respond(response: object, pending: list[Task]) -> None:
+        heard.append(response)
+        tasks_of(db).update(pending[0].id, {"done": True})
+
+    agent = await start_raw(db, lambda _: result(), on_response=respond)
+    await tasks_of(db).insert({"id": "a"})
+    assert (await agent.drain_until_idle()).completed
+    assert heard == [response]
+
+
+async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Database) -> None:
+    def respond(_: str, pending: list[Task]) -> None:
+        tasks_of(db).update(pending[0].id, {"done": True})
+        raise RuntimeError("mistake")
+
+    agent = await start_raw(db, lambda _: "done", on_response=respond)
+    await tasks_of(db).insert({"id": "a"})
+    assert (await agent.drain_until_idle()).completed
+
+    [row] = await raw_rows(db)
+    assert not row.done
+    generations = db.collection("generations", Generation)
+    [generation] = await db.query(lambda q: q.from_(g=generations))
+    assert (generation.status, generation.error_code) == ("failed", "agent_error")
+    assert "mistake" in str(generation.error)
+
+
+async def test_a_condition_of_on_response_that_does_not_hold_fails_the_generation(
+    db: Database,
+) -> None:
+    def respond(_: str, pending: list[Task]) -> None:
+        tasks = tasks_of(db)
+        tasks.update(pending[0].id, {"done": True}, when=lambda t: eq(t.body, "other"))
+        tasks.insert({"id": "b", "target": "user"})
+
+    agent = await start_raw(db, lambda _: "done", on_response=respond)
+    await tasks_of(db).insert({"id": "a", "body": "x"})
+    assert (await agent.drain_until_idle()).completed
+
+    assert [(row.id, row.done) for row in await raw_rows(db)] == [("a", False)]
+    generations = db.collection("generations", Generation)
+    [generation] = await db.query(lambda q: q.from_(g=generations))
+    assert (generation.status, generation.error_code) == ("failed", "condition_failed")
+
+
+async def test_rows_of_one_session_are_answered_in_turn_and_of_two_at_once(
+    db: Database,
+) -> None:
+    door = asyncio.Event()
+    started: list[list[str]] = []
+    two_began = asyncio.Event()
+
+    async def generate(ctx: GenerateContext) -> str:
+        started.append([row.id for row in ctx.pending])
+        if len(started) == 2:
+            two_began.set()
+        await door.wait()
+        return "done"
+
+    def respond(_: str, pending: list[Task]) -> None:
+        for row in pending:
+            tasks_of(db).update(row.id, {"done": True})
+
+    agent = await start_raw(db, generate, on_response=respond, session=lambda row: row.thread)
+    tasks = tasks_of(db)
+    await tasks.insert([{"id": "a1", "thread": "a"}, {"id": "b1", "thread": "b"}])
+    async with asyncio.timeout(10):
+        await two_began.wait()
+    await tasks.insert({"id": "a2", "thread": "a"})
+    door.set()
+    assert (await agent.drain_until_idle()).completed
+
+    assert sorted(started[:2]) == [["a1"], ["b1"]]
+    assert started[2:] == [["a2"]]
+    assert all(row.done for row in await raw_rows(db))
+    generations = db.collection("generations", Generation)
+    found = await db.query(lambda q: q.from_(g=generations))
+    assert sorted(g.message_ids for g in found) == [["a1"], ["a2"], ["b1"]]
+    assert {g.attempt for g in found} == {1}
+
+
+async def test_a_row_that_changes_while_it_is_answered_is_answered_anew(db: Database) -> None:
+    door, began = asyncio.Event(), asyncio.Event()
+    bodies: list[str] = []
+
+    async def generate(ctx: GenerateContext) -> str:
+        bodies.append(ctx.pending[0].body)
+        began.set()
+        await door.wait()
+        return ctx.pending[0].body
+
+    def respond(response: str, pending: list[Task]) -> None:
+        if response == "new":
+            tasks_of(db).update(pending[0].id, {"done": True})
+
+    agent = await start_raw(db, generate, on_response=respond)
+    await tasks_of(db).insert({"id": "a", "body": "old"})
+    await began.wait()
+    await tasks_of(db).update("a", {"body": "new"})
+    await heard_everything(db)
+    door.set()
+    assert (await agent.drain_until_idle()).completed
+    assert bodies == ["old", "new"]
+
+
+async def test_same_group_in_two_sessions_is_kept_apart(db: Database) -> None:
+    answered: list[tuple[str, list[str]]] = []
+
+    def generate(ctx: GenerateContext) -> str:
+        answered.append((ctx.session.url, [row.id for row in ctx.pending]))
+        return "done"
+
+    async def respond(_: str, pending: list[Task]) -> None:
+        one, two = "aidb://plan/1", "aidb://plan/2"
+        for row in pending:
+            tasks_of(db, one if row.id == "a" else two).update(row.id, {"done": True})
+
+    agent = await start_raw(
+        db,
+        generate,
+        on_response=respond,
+        session=lambda row: row.thread,
+        tasks=tasks_of(db, "aidb://plan/*"),
+    )
+    await tasks_of(db, "aidb://plan/1").insert({"id": "a"})
+    await tasks_of(db, "aidb://plan/2").insert({"id": "b"})
+    assert (await agent.drain_until_idle()).completed
+    assert sorted(answered) == [("aidb://plan/1", ["a"]), ("aidb://plan/2", ["b"])]
+
+
+async def test_build_messages_may_choose_what_the_model_reads(db: Database) -> None:
+    model = Model()
+
+    async def build(pending: list[AgentMessage], ctx: GenerateContext) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{ctx.session.url} {m.content}"} for m in pending]
+
+    agent = await start(model, build_messages=build)
+    await ask(agent, "hello")
+    assert model.last == [("user", f"{URL} hello")]
+
+
+async def test_a_definition_is_checked_before_anything_starts(db: Database) -> None:
+    with pytest.raises(ConfigError) as raised:
+        create_agent(durable_agent(name="echo", adapter=ScriptedModel([]), tools=[add, add]))
+    assert raised.value.code == "duplicate_tool"
+    with pytest.raises(ConfigError) as raised:
+        create_agent(name="planner", pending_work=lambda q: q.from_(t=tasks_of(db)))
+    assert raised.value.code == "generate_required"
+    assert not db.local_shards

@@ -118,10 +118,10 @@ async def test_recovery_notices_a_row_that_is_gone(tmp_path: Path) -> None:
     sizes = recovery.Sizes(rows=100, sessions=2, trail=0)
     async with rig_in(tmp_path).open() as db:
         await recovery.fill(db, sizes, 0, 100, 50)
-        await recovery.check_last(db, sizes, 99)
+        await recovery.check_row(db, sizes, 99)
 
         with pytest.raises(AssertionError, match="row 100 was found 0 times"):
-            await recovery.check_last(db, sizes, 100)
+            await recovery.check_row(db, sizes, 100)
 
 
 async def test_a_measurement_that_fails_leaves_no_directory_behind(tmp_path: Path) -> None:

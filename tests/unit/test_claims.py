@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +33,6 @@ def test_shards_split_all_buckets_evenly(shards: int) -> None:
 
     assert ranges[0][0] == 0
     assert ranges[-1][1] == BUCKETS
-    assert all(low[1] == high[0] for low, high in zip(ranges, ranges[1:], strict=False))
+    assert all(low[1] == high[0] for low, high in pairwise(ranges))
     sizes = [high - low for low, high in ranges]
     assert max(sizes) - min(sizes) <= 1

@@ -83,9 +83,7 @@ def test_refused_commits_take_no_revision() -> None:
     engine = Engine()
     before = engine.tables.revision
 
-    answer = engine.commit(
-        Commit((insert("a"),)), Commit((insert("a"),)), Commit((insert("b"),))
-    )
+    answer = engine.commit(Commit((insert("a"),)), Commit((insert("a"),)), Commit((insert("b"),)))
 
     assert answer.first_revision == before + 1
     assert engine.tables.revision == before + 2
@@ -244,7 +242,10 @@ def test_chunks_of_many_batches_share_the_columns_of_a_flush() -> None:
     batch = Batch(engine.client_id, 1, [Commit((Append(SESSION, "g", 1, 0, 0, 2),))], columns)
     plan.add_batch(batch, b"1")
     again = Batch(
-        engine.client_id, 2, [Commit((Append(SESSION, "g", 1, 2, 0, 2, closes="finished"),))], columns
+        engine.client_id,
+        2,
+        [Commit((Append(SESSION, "g", 1, 2, 0, 2, closes="finished"),))],
+        columns,
     )
     plan.add_batch(again, b"2")
 

@@ -14,7 +14,12 @@ from tests.stores import SESSION, insert, row
 
 @pytest.mark.parametrize(
     ("session", "bucket"),
-    [("", 3057), ("aidb://support/42", 1571), ("aidb://problems/0", 1336), ("aidb://é/1", 3148)],
+    [
+        ("", 692),
+        ("aidb://support/42", 1405),
+        ("aidb://problems/0", 556),
+        ("aidb://é/1", 2128),
+    ],
 )
 def test_the_bucket_of_a_session_is_fixed_for_ever(session: str, bucket: int) -> None:
     assert bucket_of(session) == bucket

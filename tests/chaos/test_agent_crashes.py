@@ -1,0 +1,282 @@
+"""Agents that are killed: at every frame of a conversation in this process, and on Ray by SIGKILL.
+
+A life ends when its log takes no further frame. What happened outside (the model was asked, a tool
+ran) is kept by witnesses that outlive it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Literal, TypeVar
+
+import pytest
+
+from aidb_ray import (
+    AgentMessage,
+    Chunk,
+    Database,
+    Generation,
+    ToolCall,
+    connect,
+    create_agent,
+    durable_agent,
+    replay,
+    tool,
+)
+from aidb_ray.models.base import ModelMessage
+from aidb_ray.models.tools import ToolContext
+from aidb_ray.store.frames import Frame
+from aidb_ray.store.log import CommitLog, Position
+from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel
+from tests.frame_builders import abandon
+
+pytestmark = pytest.mark.chaos
+
+T = TypeVar("T")
+URL = "aidb://echo/1"
+ANSWER = "The sums are 3 7 and 10 so it is done."
+ANSWER_IN_DOUBT = "in_doubt"
+Policy = Literal["retry", "fail"]
+
+
+class Disk:
+    """Logs whose process dies at one of their frames."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.frames = 0
+        self.dies_at = 0
+        self.keeps_last = False
+        self.died: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._logs: list[CommitLog] = []
+        append = CommitLog.append
+
+        def counted(log: CommitLog, frame: Frame) -> Position:
+            if log not in self._logs:
+                self._logs.append(log)
+            self.frames += 1
+            if self.dies_at and self.frames >= self.dies_at:
+                if self.keeps_last and self.frames == self.dies_at:
+                    append(log, frame)
+                assert self._loop is not None
+                assert self.died is not None
+                self._loop.call_soon_threadsafe(self.died.set)
+                raise RuntimeError("The process is dead.")
+            return append(log, frame)
+
+        monkeypatch.setattr(CommitLog, "append", counted)
+
+    def live(
+        self, life: Callable[[], Awaitable[T]], *, dies_at: int = 0, keeps_last: bool = False
+    ) -> T | None:
+        """Run one life; None if it died, at frame `dies_at`, which may still be kept."""
+        self.frames, self.dies_at, self.keeps_last = 0, dies_at, keeps_last
+        self._loop = loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(self._run(life))
+        finally:
+            for log in self._logs:
+                abandon(log)
+            self._logs.clear()
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+    async def _run(self, life: Callable[[], Awaitable[T]]) -> T | None:
+        self.died = asyncio.Event()
+        living = asyncio.ensure_future(life())
+        dying = asyncio.ensure_future(self.died.wait())
+        await asyncio.wait([living, dying], return_when=asyncio.FIRST_COMPLETED)
+        if not self.died.is_set():
+            dying.cancel()
+            return living.result()
+        # Nothing can be written any more, so what these tasks still do leaves no trace.
+        for _ in range(10):
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                _, left = await asyncio.wait(others, timeout=1)
+                print("LEFT", len(others), left)
+        return None
+
+
+@dataclass
+class Outside:
+    """What the outside world saw, whoever died."""
+
+    rounds: list[int] = field(default_factory=list[int])
+    calls: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+
+    def forget(self) -> None:
+        self.rounds.clear()
+        self.calls.clear()
+
+    def play(self, messages: Sequence[ModelMessage]) -> Reply:
+        tools = [message for message in messages if message.role == "tool"]
+        self.rounds.append(sum(message.role == "assistant" for message in messages))
+        match len(tools):
+            case 0:
+                return [
+                    Say("Let me see what the first two sums come to."),
+                    CallTool("add", {"a": 1, "b": 2}),
+                    CallTool("add", {"a": 3, "b": 4}),
+                ]
+            case 2:
+                a, b = (m.content for m in tools)
+                if not (a.isdigit() and b.isdigit()):
+                    return ANSWER_IN_DOUBT
+                return [Say("And now their sum."), CallTool("add", {"a": int(a), "b": int(b)})]
+            case _:
+                a, b, c = (m.content for m in tools)
+                if not c.isdigit():
+                    return ANSWER_IN_DOUBT
+                return Say(f"The sums are {a} {b} and {c} so it is done.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of the session."""
+
+    messages: list[AgentMessage]
+    generations: list[Generation]
+    calls: list[ToolCall]
+    chunks: list[Chunk]
+
+
+async def read(db: Database) -> Rows:
+    session = db.session(URL)
+    messages = await db.query(lambda q: q.from_(m=session.messages))
+    generations = await db.query(lambda q: q.from_(g=session.generations))
+    calls = await db.query(lambda q: q.from_(c=session.tool_calls).order_by(lambda c: c.id))
+    chunks = [
+        chunk
+        for generation in generations
+        async for chunk in replay(session.chunks, generation_id=generation.id, follow=False)
+    ]
+    return Rows(messages, generations, calls, chunks)
+
+
+def converse(path: Path, outside: Outside, policy: Policy) -> Callable[[], Awaitable[Rows]]:
+    """Return a life: look what is there, then have the message answered; its last rows."""
+
+    @tool
+    async def add(a: int, b: int, ctx: ToolContext) -> int:
+        """Add."""
+        outside.calls.append((ctx.idempotency_key, ctx.attempt))
+        return a + b
+
+    async def life() -> Rows:
+        async with connect("local", data_dir=path) as db:
+            before = await read(db)
+            seen = (list(outside.rounds), list(outside.calls))
+            outside.forget()
+            agent = create_agent(
+                durable_agent(
+                    name="echo",
+                    # A little time between words, so that frames are written among them.
+                    adapter=ScriptedModel(outside.play, tokens_per_second=2_000),
+                    tools=[add],
+                    on_in_doubt=policy,
+                )
+            )
+            await agent.send("sum", session=URL, message_id="m").reply()
+            after = await read(db)
+            check_life(before, after, outside, policy)
+            outside.rounds[:0], outside.calls[:0] = seen
+            return after
+
+    return life
+
+
+def check_life(before: Rows, after: Rows, outside: Outside, policy: Policy) -> None:
+    """What was finished when this life began was not done again, and what was not, was."""
+    finished_calls = {call.id for call in before.calls if call.status == "completed"}
+    doubtful = {call.id: call.attempt for call in before.calls if call.status == "executing"}
+    ran = dict(outside.calls)
+    assert len(ran) == len(outside.calls), "a call ran twice in one life"
+    assert not finished_calls & ran.keys(), "a finished call was repeated"
+    if policy == "retry":
+        assert {key: ran[key] for key in doubtful} == {
+            key: attempt + 1 for key, attempt in doubtful.items()
+        }
+    else:
+        assert not doubtful.keys() & ran.keys(), "a call in doubt was repeated"
+    finished_rounds = len(before.generations[0].rounds) if before.generations else 0
+    if before.generations and before.generations[0].status == "completed":
+        assert not outside.rounds
+    else:
+        last = len(after.generations[0].rounds)
+        assert outside.rounds == list(range(finished_rounds, last + 1))
+    by_index = {chunk.index: chunk for chunk in after.chunks}
+    assert all(by_index[chunk.index] == chunk for chunk in before.chunks), "a chunk changed"
+
+
+def check_end(rows: Rows, policy: Policy, *, crashes: int) -> None:
+    """All is there, once."""
+    [asked, reply] = sorted(rows.messages, key=lambda message: message.created_at)
+    [generation] = rows.generations
+    assert (asked.id, asked.processed, asked.generation_id) == ("m", True, generation.id)
+    assert (reply.id, reply.in_reply_to) == (f"{generation.id}:reply", "m")
+    assert reply.content == ANSWER or (policy == "fail" and reply.content == ANSWER_IN_DOUBT)
+    assert generation.status == "completed"
+    assert 1 <= generation.attempt <= crashes + 1
+    assert [chunk.index for chunk in rows.chunks] == list(range(len(rows.chunks)))
+    attempts = [chunk.attempt for chunk in rows.chunks]
+    assert attempts == sorted(attempts)
+    markers = [(chunk.attempt, chunk.content) for chunk in rows.chunks if chunk.type == "CUSTOM"]
+    later = sorted(set(attempts) - {1})
+    assert markers == [(n, f'{{"name":"attempt","value":{n}}}') for n in later]
+    for before, chunk in zip(rows.chunks, rows.chunks[1:], strict=False):
+        assert (chunk.attempt != before.attempt) == (chunk.type == "CUSTOM")
+    if policy == "retry":
+        assert [call.status for call in rows.calls] == ["completed"] * 3
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    # Small flushes, so that there are frames in the middle of each stream.
+    monkeypatch.setattr("aidb_ray.agents.run.FLUSH_CHUNKS", 4)
+    return Disk(monkeypatch)
+
+
+@pytest.mark.parametrize("policy", ["retry", "fail"])
+@pytest.mark.parametrize("keeps_last", [False, True], ids=["frame lost", "answer lost"])
+def test_at_every_frame(disk: Disk, tmp_path: Path, policy: Policy, *, keeps_last: bool) -> None:
+    deaths = 0
+    repeated: Counter[str] = Counter()
+    for dies_at in count(1):
+        path, outside = tmp_path / str(dies_at), Outside()
+        life = converse(path, outside, policy)
+        rows = disk.live(life, dies_at=dies_at, keeps_last=keeps_last)
+        if rows is not None:
+            break
+        deaths += 1
+        rows = disk.live(life)
+        assert rows is not None
+        check_end(rows, policy, crashes=1)
+        repeated["rounds"] += len(outside.rounds) - len(set(outside.rounds))
+        repeated["calls"] += len(outside.calls) - len({key for key, _ in outside.calls})
+        assert len(outside.rounds) - len(set(outside.rounds)) <= 1
+    assert deaths >= 12, "the conversation has fewer frames than it should"
+    assert repeated["rounds"] >= 2, "no death came in the middle of a round"
+    assert repeated["calls"] >= (policy == "retry"), "no death came in the middle of a call"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_again_and_again(disk: Disk, tmp_path: Path, seed: int) -> None:
+    rng, outside = Random(seed), Outside()
+    life = converse(tmp_path / "db", outside, "retry")
+    crashes = 0
+    rows = None
+    while rows is None:
+        dies_at = rng.randint(1, 8) if crashes < 12 else 0
+        rows = disk.live(life, dies_at=dies_at, keeps_last=rng.random() < 0.5)
+        crashes += rows is None
+    check_end(rows, "retry", crashes=crashes)
+    assert crashes >= 2

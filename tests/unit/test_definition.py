@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from aidb_ray.agents.agent import create_agent
+from aidb_ray.agents.definition import AgentDefinition, durable_agent, raw_definition
+from aidb_ray.errors import ConfigError
+from aidb_ray.models.tools import Tool, declare_tool, tool
+from aidb_ray.testing import ScriptedModel
+
+
+class Model(ScriptedModel):
+    """A model that says which one it is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__([])
+        self._name = name
+
+    def fingerprint(self) -> str:
+        return self._name
+
+
+def make_tool(name: str = "add", **options: Any) -> Tool:
+    async def add(a: int) -> int:
+        """Add."""
+        return a
+
+    return tool(name=name, **options)(add)
+
+
+def define(**options: Any) -> AgentDefinition:
+    return durable_agent(**{"name": "echo", "adapter": Model("a"), **options})
+
+
+class Out(BaseModel):
+    value: int
+
+
+class Args(BaseModel):
+    a: int
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"name": ""}, "invalid_name"),
+        ({"name": "a b"}, "invalid_name"),
+        ({"name": "a/b"}, "invalid_name"),
+        ({"name": "a*"}, "invalid_name"),
+        ({"name": "x" * 600}, "invalid_name"),
+        ({"tools": [make_tool(), make_tool()]}, "duplicate_tool"),
+        (
+            {"tools": [declare_tool(name="add", description="Add.", input_schema=Args)]},
+            "missing_implementation",
+        ),
+        ({"tools": [make_tool(needs_approval=True)]}, "approval_unsupported"),
+        ({"stream_url": ""}, "invalid_name"),
+        ({"stream_url": "support/42"}, "invalid_name"),
+        ({"stream_url": "https://host/v1"}, "invalid_name"),
+        ({"stream_url": "aidb://a*b"}, "invalid_name"),
+        ({"shards": 0}, "invalid_shards"),
+        ({"shards": 2_000}, "invalid_shards"),
+        ({"shards": 2, "stream_url": "aidb://echo/1"}, "invalid_shards"),
+        ({"max_running": 0}, "invalid_bound"),
+        ({"max_iterations": 0}, "invalid_bound"),
+        ({"on_in_doubt": "guess"}, "invalid_option"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        define(**options)
+    assert raised.value.code == code
+
+
+def test_sessions_default_to_those_named_after_the_agent() -> None:
+    assert define().stream_url == "aidb://echo/*"
+    assert define().is_pattern
+    assert not define(stream_url="aidb://support/42").is_pattern
+
+
+def test_own_rows_need_a_function_that_answers_them() -> None:
+    with pytest.raises(ConfigError) as raised:
+        raw_definition(name="planner", pending_work=lambda: None, generate=None)
+    assert raised.value.code == "generate_required"
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (lambda: create_agent(name="echo"), "pending_work_required"),
+        (lambda: create_agent(define(), name="other"), "invalid_option"),
+        (lambda: create_agent(define(), on_change="hope"), "invalid_option"),
+    ],
+)
+def test_create_agent_refuses_before_it_needs_a_database(call: Any, code: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        call()
+    assert raised.value.code == code
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"name": "other", "stream_url": "aidb://echo/*"},
+    {"instructions": "Be brief."},
+    {"adapter": Model("b")},
+    {"tools": [make_tool("other")]},
+    {"tools": []},
+    {"output_schema": Out},
+    {"stream_url": "aidb://other/*"},
+    {"version": "2"},
+    {"shards": 2},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: ",".join(change))
+def test_the_fingerprint_tells_apart_what_answers_otherwise(change: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"tools": [make_tool()]}
+    assert define(**{**base, **change}).fingerprint() != define(**base).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_running": 3}, {"idle_timeout_ms": 5}, {"autostart": False}, {"tools": [make_tool()]}],
+    ids=lambda change: ",".join(change),
+)
+def test_the_fingerprint_is_equal_for_what_answers_alike(change: dict[str, Any]) -> None:
+    base: dict[str, Any] = {"tools": [make_tool()]}
+    assert define(**{**base, **change}).fingerprint() == define(**base).fingerprint()
+
+
+def test_the_order_of_tools_does_not_matter() -> None:
+    one, two = make_tool("one"), make_tool("two")
+    assert define(tools=[one, two]).fingerprint() == define(tools=[two, one]).fingerprint()
