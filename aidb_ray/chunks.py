@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -440,7 +440,7 @@ def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
 def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], None]:
     def put(event: Any) -> None:
         row: Any = transform(event, buffer.next_index, buffer.generation_id)
-        named: dict[str, Any] = cast("Any", row) if isinstance(row, dict) else vars(row)
+        named: Mapping[str, Any] = vars(row) if hasattr(row, "__dict__") else row
         type_, content = named.get("type"), named.get("content", "")
         if not isinstance(type_, str) or not isinstance(content, str):
             raise ContractError(

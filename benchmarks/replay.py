@@ -15,7 +15,7 @@ from aidb_ray import Chunk, Database, replay
 from aidb_ray.chunks import ChunkBuffer, make_chunk, type_name
 from aidb_ray.store.columns import to_arrow
 from benchmarks.chunks import BATCH, WORDS
-from benchmarks.harness import Figure, Rig, median_of
+from benchmarks.harness import Figure, Logged, Rig, counting_log, median_of, sync_figures
 
 SESSION, GENERATION = "aidb://replay/1", "generation-1"
 TYPE = "TEXT_MESSAGE_CONTENT"
@@ -35,9 +35,11 @@ QUICK = Sizes(batches=100, runs=1)
 
 async def measure(rig: Rig, sizes: Sizes) -> list[Figure]:
     """Measure reading one long generation: as row objects, and as a table."""
+    logged: list[Logged] = []
     async with rig.open() as db, rig.scratch() as home:
         path = home / "chunks.arrow"
-        await write(db, sizes, path)
+        async with counting_log(db, logged):
+            await write(db, sizes, path)
         total = sizes.batches * BATCH
         objects = await median_of(sizes.runs, lambda _: replay_rate(db, total))
         table = await median_of(sizes.runs, lambda _: table_rate(db, total))
@@ -65,6 +67,7 @@ async def measure(rig: Rig, sizes: Sizes) -> list[Figure]:
             plain_table,
             "a table of the 2 stored columns from that file, its bytes read once",
         ),
+        *sync_figures(logged, "while the chunks were written, a batch at a time"),
     ]
 
 

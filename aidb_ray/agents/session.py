@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -29,14 +30,24 @@ COLLECTIONS = ("messages", "generations", "tool_calls")
 
 
 class KnownMessage(msgspec.Struct, gc=False):
-    """A message with the revision that wrote it and its stored bytes."""
+    """A message with the revision that wrote it and its stored bytes.
+
+    Attributes:
+        is_own: Whether the agent wrote it.
+        is_heard: Whether it is part of the agent's conversation at all.
+        said: What a model reads of it, once that was worked out.
+    """
 
     revision: int
     value: bytes
     message: MessageRow
+    is_own: bool
+    is_heard: bool
+    said: list[ModelMessage] | None = None
 
 
 _ROW_OVERHEAD = 300
+_PLACE = itemgetter(0, 1, 2, 3)
 
 
 class SessionState:
@@ -55,6 +66,9 @@ class SessionState:
         self.size = 0
         self.messages: dict[str, KnownMessage] = {}
         self.generations: dict[str, GenerationRow] = {}
+        self._open: dict[str, GenerationRow] = {}
+        # When each generation was answered: its messages come right before its reply.
+        self._replied_at: dict[str, str] = {}
         self.calls: dict[str, dict[str, ToolCallRow]] = {}
 
     def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
@@ -96,12 +110,20 @@ class SessionState:
             # Not what agents call a message; one such row must not keep a session from working.
             logger.warning("message %r cannot be read and is left out", key)
             return
-        self.messages[key] = KnownMessage(revision, value, message)
+        is_own = message.actor_id == self._agent
+        is_heard = is_own or message.target_agent in ("", self._agent)
+        self.messages[key] = KnownMessage(revision, value, message, is_own, is_heard)
+        if is_own and message.generation_id is not None:
+            self._replied_at[message.generation_id] = message.created_at
         self.size += len(value) + _ROW_OVERHEAD
 
     def put_generation(self, generation: GenerationRow) -> None:
         """Take in a generation as it is now."""
         self.generations[generation.id] = generation
+        if generation.is_terminal:
+            self._open.pop(generation.id, None)
+        else:
+            self._open[generation.id] = generation
 
     def put_call(self, call: ToolCallRow) -> None:
         """Take in a tool call as it is now."""
@@ -122,10 +144,8 @@ class SessionState:
 
         With `answering`, one that answers any of these keys.
         """
-        for generation in self.generations.values():
-            if not generation.is_terminal and (
-                answering is None or not set(answering).isdisjoint(generation.message_ids)
-            ):
+        for generation in self._open.values():
+            if answering is None or not set(answering).isdisjoint(generation.message_ids):
                 return generation
         return None
 
@@ -138,21 +158,15 @@ class SessionState:
         arrives while the agent talks belongs to the next turn.
         """
         waiting = set(pending)
-        placed: list[tuple[tuple[str, int, str, str], MessageRow]] = []
-        replies = {
-            known.message.generation_id: known.message.created_at
-            for known in self.messages.values()
-            if known.message.actor_id == self._agent and known.message.generation_id is not None
-        }
+        replied_at = self._replied_at
+        placed: list[tuple[str, bool, str, str, KnownMessage]] = []
         for key, known in self.messages.items():
-            message = known.message
-            if key in waiting or not self._concerns(message):
-                continue
-            is_own = message.actor_id == self._agent
-            at = replies.get(message.generation_id or "", message.created_at)
-            placed.append(((at, int(is_own), message.created_at, key), message))
-        placed.sort(key=lambda entry: entry[0])
-        past: list[list[ModelMessage]] = [self._to_model(message) for _, message in placed]
+            if known.is_heard and key not in waiting:
+                message = known.message
+                at = replied_at.get(message.generation_id or "", message.created_at)
+                placed.append((at, known.is_own, message.created_at, key, known))
+        placed.sort(key=_PLACE)
+        past = [self._said(known) for *_, known in placed]
         asked = [
             ModelMessage("user" if m.role == "assistant" else _role(m.role), m.content)
             for m in (self.messages[key].message for key in pending if key in self.messages)
@@ -185,15 +199,16 @@ class SessionState:
             ]
         return said
 
-    def _concerns(self, message: MessageRow) -> bool:
-        return message.target_agent in ("", self._agent) or message.actor_id == self._agent
-
-    def _to_model(self, message: MessageRow) -> list[ModelMessage]:
-        if message.actor_id != self._agent:
-            role = "user" if message.role == "assistant" else _role(message.role)
-            return [ModelMessage(role, message.content)]
-        rounds = self.rounds_of(message.generation_id) if message.generation_id else []
-        return [*rounds, ModelMessage("assistant", message.content)]
+    def _said(self, known: KnownMessage) -> list[ModelMessage]:
+        if known.said is None:
+            message = known.message
+            if known.is_own:
+                rounds = self.rounds_of(message.generation_id or "")
+                known.said = [*rounds, ModelMessage("assistant", message.content)]
+            else:
+                role = "user" if message.role == "assistant" else _role(message.role)
+                known.said = [ModelMessage(role, message.content)]
+        return known.said
 
 
 def _size_of(call: ToolCallRow) -> int:

@@ -230,18 +230,19 @@ class StoreClient:
         wanted = tuple((read.session, read.collections) for read in taken)
         try:
             raw = await self._ask_again(StoreActor.read_sessions, wire.encode(SessionsRead(wanted)))
+            found = wire.decode_sessions(raw)
         except AidbError as error:
             for read in taken:
                 if not read.done.done():
                     read.done.set_exception(error)
-            return
-        except asyncio.CancelledError:
+        except BaseException:
             for read in taken:
                 read.done.cancel()
             raise
-        for read, found in zip(taken, wire.decode_sessions(raw), strict=True):
-            if not read.done.done():
-                read.done.set_result(found)
+        else:
+            for read, rows in zip(taken, found, strict=True):
+                if not read.done.done():
+                    read.done.set_result(rows)
 
     async def changes_between(self, wanted: Filter, after: int, through: int) -> list[Change]:
         """Return the changes of the revisions `after` + 1 to `through`, in order.
@@ -327,10 +328,11 @@ class StoreClient:
                     settled, taken = taken, []
                     self._next_seq += len(settled)
                     _settle(settled, answer)
-        except asyncio.CancelledError:
-            # The loop closes. What is on its way may arrive; what waits here will not.
-            self._superseded, self._client_id = self._client_id, 0
-            _fail(taken, _unknown("the event loop closed before the answer came"))
+        except BaseException:
+            # The loop closes, or this has a bug. What is on its way may arrive; what waits here
+            # will not.
+            self._superseded, self._client_id = self._superseded or self._client_id, 0
+            _fail(taken, _unknown("the event loop closed before the answer came."))
             waiting = list(self._queue)
             self._queue.clear()
             self._queued_bytes = 0

@@ -105,7 +105,8 @@ class RowReader:
             part = self._load_run(request.generation_id, run, max(0, request.index - run.index))
             slices.append(part)
             size += len(part.columns.payload) + 5 * len(part.columns.types)
-        return ChunkPage(revision, slices, stream.next_index, stream.closes, more)
+        attempt = stream.runs[-1].attempt if stream.runs else 0
+        return ChunkPage(revision, slices, stream.next_index, stream.closes, more, attempt)
 
     def _load_run(self, generation_id: str, run: Run, skip: int) -> ChunkSlice:
         from aidb_ray.store.log import Position

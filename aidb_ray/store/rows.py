@@ -23,7 +23,16 @@ from typing import (
 )
 
 import msgspec
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    FutureDatetime,
+    NaiveDatetime,
+    PastDatetime,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import to_jsonable_python
 
 from aidb_ray.contracts import MAX_KEY_LENGTH
@@ -42,6 +51,8 @@ _CODES = {
     "timezone_aware": "timezone_required",
     "recursion_loop": "too_deep",
 }
+# To a type checker these are datetimes; here they are classes of their own.
+_DATETIMES: tuple[type[Any], ...] = (AwareDatetime, NaiveDatetime, PastDatetime, FutureDatetime)
 _LEAST_INT, _GREATEST_INT = -(1 << 63), (1 << 64) - 1
 _decode_dict = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -61,7 +72,12 @@ class RowCodec(Generic[T]):
         self._untyped: tuple[str, ...] = ()
         self._has_numbers = False
         if row_type is not None:
-            adapter: TypeAdapter[T] = TypeAdapter(row_type)
+            try:
+                adapter: TypeAdapter[T] = TypeAdapter(row_type)
+            except PydanticUserError as error:
+                raise ConfigError(
+                    f"{row_type!r} cannot be a row type: {error}", code="invalid_schema"
+                ) from error
             self._validate = adapter.validator.validate_python
             self._validate_json = adapter.validator.validate_json
             self._serialize = adapter.serializer.to_json
@@ -100,8 +116,21 @@ class RowCodec(Generic[T]):
             raise self._contract_error(error, collection) from None
         except (ValueError, TypeError) as error:
             # pydantic_core's PydanticSerializationError is a ValueError.
-            raise _unstorable(collection, "", (), str(error)) from error
+            raise self._unstorable_row(collection, row, error) from error
         return key, self._checked(collection, key, value)
+
+    def _unstorable_row(self, collection: str, row: object, error: Exception) -> ContractError:
+        """Say why a row that fits its type has no JSON: pydantic lets half characters pass."""
+        for name, wire in (self.wire_names or {}).items():
+            value = row.get(name, row.get(wire)) if isinstance(row, dict) else getattr(row, name)
+            if isinstance(value, str) and not _is_unicode(value):
+                return ContractError(
+                    f"{name} in a row of {collection!r} holds half of a surrogate pair.",
+                    code="invalid_unicode",
+                    collection=collection,
+                    loc=(name,),
+                )
+        return _unstorable(collection, "", (), str(error))
 
     def prepare(self, collection: str, changes: Mapping[str, Any], key: str) -> dict[str, Any]:
         """Return changes (Python names) as values of JSON by stored name.
@@ -124,7 +153,7 @@ class RowCodec(Generic[T]):
                     key=key,
                     loc=(name,),
                 )
-            if names is None or name in self._untyped:
+            if names is None or name in self._untyped or isinstance(value, str):
                 self._check_json(collection, value, name, key)
                 prepared[wire] = deepcopy(value)
                 continue
@@ -304,7 +333,7 @@ def _fields(row_type: type[Any]) -> dict[str, Field]:
 def _field(wire: str, hint: object) -> Field:
     for kind in _alternatives(hint):
         if isinstance(kind, type):
-            if issubclass(kind, datetime):
+            if issubclass(kind, (datetime, *_DATETIMES)):
                 return Field(wire, kind="datetime")
             if issubclass(kind, BaseModel):
                 return Field(wire, fields=_fields(kind))

@@ -101,8 +101,7 @@ class Disk:
             for task in others:
                 task.cancel()
             if others:
-                _, left = await asyncio.wait(others, timeout=1)
-                print("LEFT", len(others), left)
+                await asyncio.wait(others, timeout=1)
         return None
 
 

@@ -149,9 +149,7 @@ LIMITS = st.builds(
     Limits,
     st.integers(1, 4),
     st.just(RETRY),
-    st.builds(
-        UsageLimits, st.none() | st.integers(0, 40), st.none() | st.integers(0, 6)
-    ),
+    st.builds(UsageLimits, st.none() | st.integers(0, 40), st.none() | st.integers(0, 6)),
 )
 HAPPENINGS = st.lists(
     st.one_of(ANSWERS, FAILURES, st.just("crash"), st.just("call"), st.just("cancel")),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -219,6 +220,34 @@ def test_quick_takes_the_small_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert command.main(["rows", "--quick", "--dir", str(tmp_path)]) == 0
     assert asked == [4]
+
+
+@pytest.mark.parametrize("failing", [None, "turns"])
+def test_all_runs_each_in_a_process_of_its_own_until_one_fails(
+    failing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def run(arguments: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        name, target = arguments[3], Path(arguments[arguments.index("--json") + 1])
+        started.append(name)
+        target.write_text(json.dumps({"name": name}), "utf-8")
+        return subprocess.CompletedProcess(arguments, 3 if name == failing else 0)
+
+    pretend_that_all_is_on(monkeypatch, "ext4")
+    monkeypatch.setattr(subprocess, "run", run)
+    target = tmp_path / "all.json"
+
+    code = command.main(["all", "--dir", str(tmp_path), "--json", str(target)])
+
+    names = list(command.BENCHMARKS)
+    if failing is None:
+        assert code == 0
+        assert [report["name"] for report in json.loads(target.read_text("utf-8"))] == names
+    else:
+        assert code == 3
+        assert started == names[: names.index(failing) + 1]
+        assert not target.exists()
 
 
 def test_every_figure_that_the_project_promises_has_a_benchmark() -> None:

@@ -184,6 +184,10 @@ async def test_a_stream_that_is_cancelled_keeps_what_came_before(chunks: ChunkCo
     assert said(await stored(chunks)) == ["a"]
 
 
+def make_no_chunk(_event: object, _index: int, _generation_id: str) -> dict[str, int]:
+    return {"type": 3}
+
+
 async def test_a_stream_whose_chunks_cannot_be_made_is_ended(chunks: ChunkCollection) -> None:
     closed = asyncio.Event()
 
@@ -196,7 +200,7 @@ async def test_a_stream_whose_chunks_cannot_be_made_is_ended(chunks: ChunkCollec
 
     with pytest.raises(ContractError):
         await stream_to_collection(
-            source(), collection=chunks, generation_id="g", transform=lambda *_: {"type": 3}
+            source(), collection=chunks, generation_id="g", transform=make_no_chunk
         )
     assert closed.is_set()
 
@@ -328,7 +332,7 @@ async def test_what_is_held_is_sent_after_a_while(chunks: ChunkCollection) -> No
     flusher = ChunkFlusher(chunks.site.client)
     buffer = make_buffer()
     flusher.open(buffer)
-    reading = asyncio.create_task(anext(replay(chunks, generation_id="g")))
+    reading = asyncio.ensure_future(anext(replay(chunks, generation_id="g")))
     buffer.add("CUSTOM", "a")
     assert (await asyncio.wait_for(reading, 10)).content == "a"
     flusher.discard(buffer)
@@ -389,10 +393,10 @@ async def test_a_reader_that_missed_changes_reads_them_from_the_store(
     seen = [c.index for c in slice_to_chunks(await anext(slices))]
     client.feed._generation = "of another store"
     await write("1", "2")
-    reading = asyncio.create_task(anext(slices))
+    reading = asyncio.ensure_future(anext(slices))
     while len(seen) < 3:
         seen += [c.index for c in slice_to_chunks(await asyncio.wait_for(reading, 10))]
-        reading = asyncio.create_task(anext(slices))
+        reading = asyncio.ensure_future(anext(slices))
     await client.feed.reached((await client.status()).revision)
     await write("3")
     seen += [c.index for c in slice_to_chunks(await asyncio.wait_for(reading, 10))]
@@ -411,7 +415,7 @@ async def test_chunks_as_a_table(chunks: ChunkCollection) -> None:
         stream(["a", "b"]),
         collection=chunks,
         generation_id="g",
-        transform=lambda said, *_: {"type": f"own-{said}", "content": said},
+        transform=lambda said, _index, _id: {"type": f"own-{said}", "content": said},
     )
     table = await chunks.to_arrow("g")
     assert table.to_pylist() == [

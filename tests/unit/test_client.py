@@ -335,10 +335,10 @@ async def test_a_read_that_is_refused_says_so_to_each(
     async with open_store(tmp_path) as store:
         client = store.client()
 
-        async def refuse(_self: StoreActor, _raw: bytes) -> bytes:
+        async def read_sessions(_self: StoreActor, _raw: bytes) -> bytes:
             raise ContractError("no")
 
-        monkeypatch.setattr(StoreActor, "read_sessions", refuse)
+        monkeypatch.setattr(StoreActor, "read_sessions", read_sessions)
         reads = [client.read_session(SESSION, ()) for _ in range(2)]
 
         results = await asyncio.gather(*reads, return_exceptions=True)

@@ -32,7 +32,8 @@ def make_tool(name: str = "add", **options: Any) -> Tool:
 
 
 def define(**options: Any) -> AgentDefinition:
-    return durable_agent(**{"name": "echo", "adapter": Model("a"), **options})
+    given: dict[str, Any] = {"name": "echo", "adapter": Model("a"), **options}
+    return durable_agent(**given)
 
 
 class Out(BaseModel):
@@ -88,16 +89,18 @@ def test_own_rows_need_a_function_that_answers_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "code"),
+    ("given", "options", "code"),
     [
-        (lambda: create_agent(name="echo"), "pending_work_required"),
-        (lambda: create_agent(define(), name="other"), "invalid_option"),
-        (lambda: create_agent(define(), on_change="hope"), "invalid_option"),
+        ([], {"name": "echo"}, "pending_work_required"),
+        ([define()], {"name": "other"}, "invalid_option"),
+        ([define()], {"on_change": "hope"}, "invalid_option"),
     ],
 )
-def test_create_agent_refuses_before_it_needs_a_database(call: Any, code: str) -> None:
+def test_create_agent_refuses_before_it_needs_a_database(
+    given: list[Any], options: dict[str, Any], code: str
+) -> None:
     with pytest.raises(ConfigError) as raised:
-        call()
+        create_agent(*given, **options)
     assert raised.value.code == code
 
 

@@ -20,7 +20,12 @@ def at(second: int) -> str:
 
 
 def message(key: str, second: int, **fields: Any) -> MessageRow:
-    defaults = {"role": "user", "actor_id": "user", "target_agent": "echo", "content": key}
+    defaults: dict[str, Any] = {
+        "role": "user",
+        "actor_id": "user",
+        "target_agent": "echo",
+        "content": key,
+    }
     return MessageRow(id=key, created_at=at(second), **{**defaults, **fields})
 
 

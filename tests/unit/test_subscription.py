@@ -32,7 +32,7 @@ class Reader:
 
     def hear(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            assert change.revision >= self.revision > -1
+            assert change.revision >= self.revision
             self.revision = change.revision
             self.told.append(change)
             if change.value is None:

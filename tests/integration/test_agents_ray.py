@@ -1,0 +1,114 @@
+"""Agents on Ray: what only other processes can show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from aidb_ray import (
+    Agent,
+    ConfigError,
+    Database,
+    connect,
+    create_agent,
+    durable_agent,
+    tool,
+)
+from aidb_ray.models.base import ModelMessage
+from aidb_ray.runtime import ActorOptions, Cluster, spawn
+from aidb_ray.testing import CallTool, Reply, ScriptedModel
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+URL = "aidb://echo/1"
+SOON_MS = 60_000
+
+
+@tool
+async def where() -> int:
+    """Return the process."""
+    return os.getpid()
+
+
+def play(messages: Sequence[ModelMessage]) -> Reply:
+    last = messages[-1]
+    if last.role == "tool":
+        return f"In {last.content}."
+    return CallTool("where") if last.content == "where" else f"You said {last.content}."
+
+
+@pytest.fixture
+async def db(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Database]:
+    assert not cluster.owned or cluster
+    database = await connect(data_dir=tmp_path)
+    yield database
+    await database.shutdown()
+
+
+class Visitor:
+    """Uses an agent's handle that came from another process."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def ask(self, text: str) -> tuple[int, str, int]:
+        reply = await self._agent.send(text, session=URL).reply(timeout_ms=SOON_MS)
+        [status] = await self._agent.status()
+        return os.getpid(), reply.content, status.pid
+
+
+async def test_an_agent_works_in_its_own_process_and_its_handle_travels(
+    db: Database, tmp_path: Path
+) -> None:
+    agent = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where]))
+    [status] = await agent.status()
+    reply = await agent.send("where", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == f"In {status.pid}."
+    assert status.pid != os.getpid()
+
+    visitor = await spawn(Visitor, ActorOptions(), agent)
+    there, content, pid = await visitor.with_timeout(SOON_MS).ask(Visitor.ask, "hello")
+    assert content == "You said hello."
+    assert len({there, pid, os.getpid()}) == 3
+    await visitor.stop()
+
+    # A second driver finds the database and the agent.
+    async with connect(data_dir=tmp_path) as other:
+        found = other.agent("echo")
+        answer = await found.send("again", session=URL).reply(timeout_ms=SOON_MS)
+        assert answer.content == "You said again."
+        same = create_agent(
+            durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where]), database=other
+        )
+        assert [s.epoch for s in await same.status()] == [status.epoch]
+        with pytest.raises(ConfigError) as raised:
+            await other.agent("nobody").ready()
+        assert raised.value.code == "agent_missing"
+    # It went on when that driver left.
+    assert (await agent.send("still", session=URL).reply(timeout_ms=SOON_MS)).content
+
+
+async def test_shards_share_the_sessions_and_a_new_definition_replaces_them(
+    db: Database,
+) -> None:
+    agent = create_agent(
+        durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where], shards=2)
+    )
+    await agent.ready()
+    handles = [agent.send("where", session=f"aidb://echo/{number}") for number in range(12)]
+    replies = [await handle.reply(timeout_ms=SOON_MS) for handle in handles]
+    before = await agent.status()
+    assert {reply.content for reply in replies} == {f"In {status.pid}." for status in before}
+    assert [status.fenced for status in before] == [False, False]
+
+    newer = create_agent(
+        durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where], version="2")
+    )
+    [after] = await newer.status()
+    assert after.epoch > max(status.epoch for status in before)
+    assert after.pid not in {status.pid for status in before}
+    answer = await newer.send("where", session="aidb://echo/3").reply(timeout_ms=SOON_MS)
+    assert answer.content == f"In {after.pid}."
