@@ -347,9 +347,11 @@ class Database:
             if self in stack:
                 stack.remove(self)
         owns_processes = self.is_local or (self.cluster is not None and self.cluster.owned)
-        partitions = self._partitions.pop(asyncio.get_running_loop(), [])
+        loop = asyncio.get_running_loop()
+        partitions = self._partitions.get(loop, [])
         async with AsyncExitStack() as closing:
             # The last one pushed is the first to close.
+            closing.callback(self._partitions.pop, loop, None)
             if self.cluster is not None:
                 closing.push_async_callback(self.cluster.close)
             if owns_processes:
@@ -638,7 +640,7 @@ def _create_or_identify(plan: _Plan, home: Path) -> str:
         if not home.exists():
             _create_home(plan, home, files)
         meta = StoreDirectory(home / "p0", files).read_meta()
-    except (PermissionError, NotADirectoryError) as error:
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise ConfigError(
             f"The data directory {str(home)!r} cannot be used: {error.strerror}.",
             code="data_dir_refused",

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import os
 import sys
 import time
@@ -244,13 +246,17 @@ async def read_outcome(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the example; 0 if all went as it must."""
     options = parse_options(arguments)
-    console = Console()
+    console = Console(file=sys.stdout)
     try:
         place = options.open_place()
     except (OSError, ValueError) as error:
         console.print(f"word_problems: {error}", style="red")
         return 2
-    found = asyncio.run(solve(options, place, console))
+    with contextlib.ExitStack() as stack:
+        if options.kill_every:
+            # Ray announces each death at length on the standard output; the table counts them.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        found = asyncio.run(solve(options, place, console))
     report, wrongs = judge(found)
     console.print(make_table(report, found, place.root))
     if options.json:

@@ -620,7 +620,8 @@ class GenerationRun:
         token = current_group.set(group)
         try:
             result = on_response(self._reply, self._rows_to_answer())
-            if inspect.isawaitable(result):
+            # A lambda may return the write it made, which is durable only with the round's end.
+            if inspect.iscoroutine(result):
                 await result
         except Exception as error:
             if _is_of_store(error):

@@ -162,7 +162,8 @@ class Query(Generic[R_co]):
         """Ask for the first row only; running it gives that row or None."""
         parts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         parts["is_single"] = True
-        return SingleQuery[R_co](**parts)
+        single: SingleQuery[R_co] = SingleQuery(**parts)
+        return single
 
     def join(self, *, on: JoinOn | None = None, **_sources: QuerySource[Any]) -> NoReturn:
         """Raise `QueryError`: a query reads one source."""

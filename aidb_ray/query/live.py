@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from aidb_ray.errors import NotReadyError, QueryError, SlowConsumerError
+from aidb_ray.errors import NotReadyError, SlowConsumerError
 from aidb_ray.expressions import SourceRef, equalities
 from aidb_ray.query.builder import Query, QueryRoot, build
 from aidb_ray.query.operators import Delta, Pipeline, RowChange
@@ -112,13 +112,7 @@ class LiveQuery(Generic[R]):
             reader.arrived.set()
 
     def _hear(self, events: Sequence[RowEvent]) -> None:
-        try:
-            deltas = self._pipeline.advance(to_changes(self._alias, events))
-        except QueryError as error:
-            # The answer has a row that its type cannot hold: whoever reads it must know.
-            for reader in self._readers:
-                reader.fail(error)
-            return
+        deltas = self._pipeline.advance(to_changes(self._alias, events))
         if deltas:
             for reader in self._readers:
                 reader.put(deltas)
@@ -130,35 +124,27 @@ class _Reader(Generic[R]):
     def __init__(self, begin: Sequence[Delta[R]]) -> None:
         self.unread: deque[Delta[R]] = deque(begin)
         self.arrived = asyncio.Event()
-        self._error: QueryError | SlowConsumerError | None = None
+        self._is_lost = False
         self._last = 0
 
     def put(self, deltas: Sequence[Delta[R]]) -> None:
         """Add deltas, or give up if too many wait: the bound keeps the others alive."""
         # What comes together may be more than the bound when nothing else waits.
         if self.unread and len(self.unread) + len(deltas) > MAX_UNREAD_DELTAS:
-            self.fail(
-                SlowConsumerError(
-                    f"More than {MAX_UNREAD_DELTAS} deltas wait unread; iterate again, which "
-                    f"begins with the rows as they are.",
-                    resume=self._last,
-                )
-            )
-        elif self._error is None:
+            self._is_lost = True
+            self.unread.clear()
+        if not self._is_lost:
             self.unread.extend(deltas)
-            self.arrived.set()
-
-    def fail(self, error: QueryError | SlowConsumerError) -> None:
-        """Tell the reader that it cannot go on."""
-        if self._error is None:
-            self._error = error
-        self.unread.clear()
         self.arrived.set()
 
     def take(self) -> Delta[R] | None:
         """Return the next delta, None if there is none."""
-        if self._error is not None:
-            raise self._error
+        if self._is_lost:
+            raise SlowConsumerError(
+                f"More than {MAX_UNREAD_DELTAS} deltas wait unread; iterate again, which begins "
+                f"with the rows as they are.",
+                resume=self._last,
+            )
         if not self.unread:
             return None
         delta = self.unread.popleft()

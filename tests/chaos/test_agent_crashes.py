@@ -7,6 +7,9 @@ ran) is kept by witnesses that outlive it.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from aidb_ray import (
     Chunk,
     Database,
     Generation,
+    Session,
     ToolCall,
     connect,
     create_agent,
@@ -30,11 +34,12 @@ from aidb_ray import (
     tool,
 )
 from aidb_ray.models.base import ModelMessage
-from aidb_ray.models.tools import ToolContext
+from aidb_ray.models.tools import Tool, ToolContext
 from aidb_ray.store.frames import Frame
 from aidb_ray.store.log import CommitLog, Position
 from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel
 from tests.frame_builders import abandon
+from tests.integration.conftest import cluster as cluster
 
 pytestmark = pytest.mark.chaos
 
@@ -279,3 +284,160 @@ def test_again_and_again(disk: Disk, tmp_path: Path, seed: int) -> None:
         crashes += rows is None
     check_end(rows, "retry", crashes=crashes)
     assert crashes >= 2
+
+
+# On Ray, by SIGKILL.
+
+
+class Witness:
+    """A file that lines are added to, whole and at once; it outlives every process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def say(self, *words: object) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(fd, (" ".join(map(str, words)) + "\n").encode())
+        finally:
+            os.close(fd)
+
+    def lines(self, kind: str) -> list[tuple[str, ...]]:
+        """Return what was said of one kind."""
+        if not self._path.exists():
+            return []
+        words = (tuple(line.split()) for line in self._path.read_text().splitlines())
+        return [rest for first, *rest in words if first == kind]  # type: ignore[misc]
+
+
+def make_witnessed_model(witness: Witness) -> ScriptedModel:
+    """Return a model that asks for two rounds of tools for each message, and tells."""
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        last_user = max(at for at, message in enumerate(messages) if message.role == "user")
+        rounds = sum(message.role == "assistant" for message in messages[last_user:])
+        name = messages[last_user].content
+        witness.say("round", name, rounds)
+        if rounds == 2:
+            return Say(f"Done with {name}.")
+        return [Say("One moment, please."), CallTool("note"), CallTool("note")]
+
+    return ScriptedModel(play, tokens_per_second=400)
+
+
+def make_note(witness: Witness) -> Tool:
+    @tool
+    async def note(ctx: ToolContext) -> str:
+        """Tell that it ran."""
+        witness.say("call", ctx.idempotency_key, ctx.attempt)
+        return "noted"
+
+    return note
+
+
+SESSIONS, TURNS, KILLS = 8, 6, ("agent", "store", "both", "agent")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("cluster")
+async def test_processes_that_are_killed_at_work(tmp_path: Path) -> None:
+    witness = Witness(tmp_path / "witness")
+    async with connect(data_dir=tmp_path / "data") as db:
+        agent = create_agent(
+            durable_agent(
+                name="echo", adapter=make_witnessed_model(witness), tools=[make_note(witness)]
+            )
+        )
+        epochs = [(await agent.status())[0].epoch]
+        said: dict[str, AgentMessage] = {}
+        answered = asyncio.Semaphore(0)
+
+        async def talk(session: int) -> None:
+            for turn in range(TURNS):
+                name = f"{session}-{turn}"
+                handle = agent.send(name, session=f"aidb://echo/{session}", message_id=name)
+                said[name] = await handle.reply(timeout_ms=120_000)
+                answered.release()
+
+        talks = [asyncio.create_task(talk(session)) for session in range(SESSIONS)]
+        for victim in KILLS:
+            for _ in range(SESSIONS):
+                await answered.acquire()
+            for process in await db.processes():
+                if victim in (process.kind, "both"):
+                    os.kill(process.pid, signal.SIGKILL)
+            await until_serving(db)
+            epochs.append((await agent.status())[0].epoch)
+        await asyncio.gather(*talks)
+
+        sessions = [db.session(f"aidb://echo/{session}") for session in range(SESSIONS)]
+        messages: list[AgentMessage] = []
+        generations: list[Generation] = []
+        calls: list[ToolCall] = []
+        for session in sessions:
+            messages += await db.query(lambda q: q.from_(m=session.messages))  # noqa: B023
+            generations += await db.query(lambda q: q.from_(g=session.generations))  # noqa: B023
+            calls += await db.query(lambda q: q.from_(c=session.tool_calls))  # noqa: B023
+            for generation in generations:
+                if generation.id in {m.generation_id for m in messages}:
+                    await check_chunks(session, generation)
+
+    assert epochs == sorted(epochs)
+    assert len(set(epochs)) == 1 + sum(victim != "store" for victim in KILLS)
+    check_replies(said, messages, generations)
+    check_witness(witness, generations, calls)
+
+
+async def until_serving(db: Database) -> None:
+    """Return once every process answers and has recovered."""
+    async with asyncio.timeout(60):
+        while True:
+            if all(process.serving for process in await db.processes()):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def check_chunks(session: Session, generation: Generation) -> None:
+    """The stream has ended, without a gap, with a marker where each later attempt begins."""
+    chunks = [c async for c in replay(session.chunks, generation_id=generation.id)]
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    for before, chunk in itertools.pairwise(chunks):
+        assert (chunk.attempt > before.attempt) == (chunk.type == "CUSTOM")
+
+
+def check_replies(
+    said: dict[str, AgentMessage], messages: list[AgentMessage], generations: list[Generation]
+) -> None:
+    """Every message was answered exactly once, in its own generation."""
+    asked = {message.id: message for message in messages if message.role == "user"}
+    replies = [message for message in messages if message.role == "assistant"]
+    assert len(asked) == len(said) == SESSIONS * TURNS
+    assert {reply.in_reply_to for reply in replies} == asked.keys()
+    assert len(replies) == len(asked) == len(generations)
+    for reply in replies:
+        name = str(reply.in_reply_to)
+        assert reply.content == f"Done with {name}."
+        assert said[name] == reply
+        assert asked[name].generation_id == reply.generation_id
+    assert all(message.processed for message in messages)
+    assert {generation.status for generation in generations} == {"completed"}
+
+
+def check_witness(witness: Witness, generations: list[Generation], calls: list[ToolCall]) -> None:
+    """Nothing was done twice but what a kill interrupted."""
+    attempts = {generation.message_ids[0]: generation.attempt for generation in generations}
+    rounds = Counter(witness.lines("round"))
+    assert {(name, str(n)) for name in attempts for n in range(3)} == rounds.keys()
+    repeats: Counter[str] = Counter()
+    for (name, _), times in rounds.items():
+        repeats[name] += times - 1
+    assert all(times < attempts[name] for name, times in repeats.items() if times)
+    ran = Counter(key for key, _ in witness.lines("call"))
+    assert ran.keys() == {call.id for call in calls}
+    assert len(calls) == 4 * len(generations)
+    for call in calls:
+        assert 1 <= ran[call.id] <= call.attempt
+        assert call.status == "completed"
+    repeated = sum(times > 1 for times in rounds.values())
+    assert repeated <= len(KILLS) * SESSIONS
+    assert any(attempt > 1 for attempt in attempts.values()), "no kill met a generation"

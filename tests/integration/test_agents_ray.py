@@ -18,7 +18,7 @@ from aidb_ray import (
     tool,
 )
 from aidb_ray.models.base import ModelMessage
-from aidb_ray.runtime import ActorOptions, Cluster, spawn
+from aidb_ray.runtime import ActorOptions, spawn
 from aidb_ray.testing import CallTool, Reply, ScriptedModel
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -41,27 +41,31 @@ def play(messages: Sequence[ModelMessage]) -> Reply:
 
 
 @pytest.fixture
-async def db(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Database]:
-    assert not cluster.owned or cluster
-    database = await connect(data_dir=tmp_path)
-    yield database
-    await database.shutdown()
+async def db(tmp_path: Path) -> AsyncIterator[Database]:
+    async with connect(data_dir=tmp_path) as database:
+        yield database
 
 
 class Visitor:
-    """Uses an agent's handle that came from another process."""
+    """Uses handles that came from another process."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, database: Database) -> None:
         self._agent = agent
+        self._database = database
 
     async def ask(self, text: str) -> tuple[int, str, int]:
         reply = await self._agent.send(text, session=URL).reply(timeout_ms=SOON_MS)
         [status] = await self._agent.status()
         return os.getpid(), reply.content, status.pid
 
+    async def ask_by_name(self, name: str, text: str) -> str:
+        found = self._database.agent(name)
+        await found.ready()
+        return (await found.send(text, session=URL).reply(timeout_ms=SOON_MS)).content
+
 
 async def test_an_agent_works_in_its_own_process_and_its_handle_travels(
-    db: Database, tmp_path: Path
+    db: Database,
 ) -> None:
     agent = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where]))
     [status] = await agent.status()
@@ -69,26 +73,19 @@ async def test_an_agent_works_in_its_own_process_and_its_handle_travels(
     assert reply.content == f"In {status.pid}."
     assert status.pid != os.getpid()
 
-    visitor = await spawn(Visitor, ActorOptions(), agent)
-    there, content, pid = await visitor.with_timeout(SOON_MS).ask(Visitor.ask, "hello")
+    visitor = await spawn(Visitor, ActorOptions(timeout_ms=SOON_MS), agent, db)
+    there, content, pid = await visitor.ask(Visitor.ask, "hello")
     assert content == "You said hello."
     assert len({there, pid, os.getpid()}) == 3
+    assert await visitor.ask(Visitor.ask_by_name, "echo", "again") == "You said again."
+    with pytest.raises(ConfigError) as raised:
+        await visitor.ask(Visitor.ask_by_name, "nobody", "hello")
+    assert raised.value.code == "agent_missing"
     await visitor.stop()
 
-    # A second driver finds the database and the agent.
-    async with connect(data_dir=tmp_path) as other:
-        found = other.agent("echo")
-        answer = await found.send("again", session=URL).reply(timeout_ms=SOON_MS)
-        assert answer.content == "You said again."
-        same = create_agent(
-            durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where]), database=other
-        )
-        assert [s.epoch for s in await same.status()] == [status.epoch]
-        with pytest.raises(ConfigError) as raised:
-            await other.agent("nobody").ready()
-        assert raised.value.code == "agent_missing"
-    # It went on when that driver left.
-    assert (await agent.send("still", session=URL).reply(timeout_ms=SOON_MS)).content
+    # Who creates it again attaches.
+    same = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play), tools=[where]))
+    assert [each.epoch for each in await same.status()] == [status.epoch]
 
 
 async def test_shards_share_the_sessions_and_a_new_definition_replaces_them(

@@ -21,7 +21,7 @@ from aidb_ray.expressions import eq
 from aidb_ray.store import collection as collection_module
 from aidb_ray.store.changes import Filter
 from aidb_ray.store.collection import Collection, RowChange
-from tests.stores import Process, Store, insert, open_store, until
+from tests.stores import Process, insert, open_store, until
 
 
 async def synced(process: Process) -> None:
@@ -368,8 +368,3 @@ async def test_filters_name_what_a_collection_holds(tmp_path: Path) -> None:
         assert repr(process.collection("rows", session="aidb://a")) == (
             "<Collection 'rows' of aidb://a>"
         )
-
-
-def test_a_store_is_bound_to_its_loop() -> None:
-    with pytest.raises(RuntimeError):
-        Store(Path())

@@ -1,4 +1,4 @@
-"""Writes as their callers see them: shown at once, durable when awaited, taken back when refused."""
+"""Writes as callers see them: shown at once, durable when awaited, taken back when refused."""
 
 from __future__ import annotations
 
