@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import msgspec
+from ag_ui.core import StepFinishedEvent, StepStartedEvent
 from pydantic import BaseModel
 
 from aidb_ray.agents import cycle as machine
@@ -33,7 +34,15 @@ from aidb_ray.agents.rows import (
     time_text,
 )
 from aidb_ray.agents.session import SessionState, args_text
-from aidb_ray.chunks import FLUSH_CHUNKS, ChunkBuffer, ChunkFlusher, Ending
+from aidb_ray.chunks import (
+    FLUSH_CHUNKS,
+    ChunkBuffer,
+    ChunkCollection,
+    ChunkFlusher,
+    Ending,
+    follow_slices,
+    slice_to_chunks,
+)
 from aidb_ray.contracts import AgentMessage, ToolCallStatus
 from aidb_ray.errors import (
     ConflictError,
@@ -50,7 +59,7 @@ from aidb_ray.errors import (
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import parse_output, unknown_tool
-from aidb_ray.models.events import EventEncoder
+from aidb_ray.models.events import EventDecoder, EventEncoder
 from aidb_ray.models.round import Round
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Tool, ToolContext
@@ -61,7 +70,7 @@ from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import MAX_REMAKES, Intent, make_mutations
 
 if TYPE_CHECKING:
-    from ag_ui.core import Event
+    from ag_ui.core import BaseEvent, Event
 
     from aidb_ray.database import Database, Session
     from aidb_ray.store.changes import ChunkColumns
@@ -141,6 +150,7 @@ class GenerationRun:
         self._unsent: tuple[Append, ChunkColumns] | None = None
         # The task that runs it, while it may be stopped there.
         self._stoppable: asyncio.Task[Any] | None = None
+        self._unwritten: RoundFinished | None = None
         self.signal = Signal()
         limits = self._definition
         self._limits = Limits(limits.max_iterations, limits.retry, limits.usage_limits)
@@ -185,8 +195,9 @@ class GenerationRun:
         task = self._stoppable = asyncio.current_task()
         assert task is not None
         intents: list[Intent] = []
+        bound = asyncio.timeout(_seconds(limit))
         try:
-            async with asyncio.timeout(_seconds(limit)) as bound:
+            async with bound:
                 end = await self._follow(command)
                 if end.ending == "completed":
                     intents = await self._respond()
@@ -239,6 +250,8 @@ class GenerationRun:
                 return command
             page = await shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
+            if isinstance(command, machine.AskModel) and self._definition.generate is None:
+                self._unwritten = await self._find_unwritten(found, calls)
             generation = msgspec.structs.replace(
                 found,
                 message_ids=self._pending if is_raw else found.message_ids,
@@ -256,6 +269,33 @@ class GenerationRun:
         self._send([mutation]).add_done_callback(_retrieve)
         shard.flusher.open(self._buffer, shard.runner)
         return command
+
+    async def _find_unwritten(
+        self, generation: GenerationRow, calls: Sequence[ToolCallRow]
+    ) -> RoundFinished | None:
+        """Return the round that the model had finished when the process died, if there is one.
+
+        A round is finished when its last chunk is durable, and what it came to is in its chunks.
+        Its rows come in the commit after, or in the same one; if they are missing, the model need
+        not be asked again.
+        """
+        decode = EventDecoder().decode
+        heard = Round()
+        last: BaseEvent | None = None
+        stored = ChunkCollection(self._shard.database, self._session)
+        async for part in follow_slices(stored, generation.id, follow=False):
+            for chunk in slice_to_chunks(part):
+                last = decode(chunk.type, chunk.content)
+                if isinstance(last, StepStartedEvent):
+                    heard = Round()
+                heard.add(last)
+        if not isinstance(last, StepFinishedEvent) or not heard.is_finished:
+            return None
+        newest = len(generation.rounds) - 1
+        written = [call.model_call_id for call in calls if call.round == newest]
+        if heard.tool_calls and [request.id for request in heard.tool_calls] == written:
+            return None
+        return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
 
     async def _follow(self, command: machine.Command) -> End:
         while not self.signal.is_aborted:
@@ -280,6 +320,10 @@ class GenerationRun:
     # The model.
 
     async def _ask(self) -> machine.Event:
+        if self._unwritten is not None:
+            event, self._unwritten = self._unwritten, None
+            if self._fits(event):
+                return event
         buffer = self._buffer
         if buffer.attempt != self._cycle.attempt:
             # What is still held belongs to the attempt that failed.
@@ -327,6 +371,16 @@ class GenerationRun:
         if definition.output_schema is not None and not heard.tool_calls:
             parse_output(heard.text, definition.output_schema)
         return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+
+    def _fits(self, event: RoundFinished) -> bool:
+        schema = self._definition.output_schema
+        if schema is None or event.requests:
+            return True
+        try:
+            parse_output(event.text, schema)
+        except ModelError:
+            return False
+        return True
 
     async def _messages(self) -> list[ModelMessage]:
         definition = self._definition
