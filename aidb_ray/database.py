@@ -22,7 +22,7 @@ from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
 from aidb_ray.store.changes import bucket_of
 from aidb_ray.store.client import StoreClient
-from aidb_ray.store.collection import Collection, Group, current_group
+from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.local import LocalWrites
 from aidb_ray.store.transaction import Transaction
 
@@ -289,13 +289,14 @@ class Database:
     async def _commit_group(self, site: Partition, group: Group, transaction: Transaction) -> None:
         url, writes = group.session, site.writes
         earlier: dict[Transaction, None] = {}
-        for intent in {(i.collection, i.key): i for i in group.intents}.values():
+        values: list[Shown] = []
+        for intent in group.intents:
             where = (intent.collection, intent.key)
             owner = writes.latest_owner(url, *where)
             if isinstance(owner, Transaction):
                 earlier[owner] = None
-            if where in group.shown:
-                transaction.show(intent, group.shown[where])
+            values.append(group.shown.get(where, ...))
+        transaction.show(values)
         site.spawn(
             transaction.run(
                 lambda patch: writes.durable(url, patch.collection, patch.key, None), list(earlier)

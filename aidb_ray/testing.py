@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import inspect
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol, TypeAlias
@@ -175,13 +175,17 @@ class ScriptedModel:
         if fails_at == 0:
             raise _scripted_failure()
         reply = await self._choose_reply(messages, is_taken=fails_at is None)
+        events, error = _play(reply, len(messages))
         interval_ms = self._interval_ms
-        for sent, event in enumerate(_play(reply, len(messages))):
-            if sent == fails_at:
-                raise _scripted_failure()
+        if fails_at is not None:
+            error = _scripted_failure() if fails_at < len(events) else error
+            events = events[:fails_at]
+        for event in events:
             if interval_ms and hasattr(event, "delta"):
                 await self._clock.sleep_ms(interval_ms)
             yield event
+        if error is not None:
+            raise error
 
     def _next_failure(self) -> int | None:
         asked = self._rounds_asked
@@ -209,8 +213,11 @@ def _scripted_failure() -> ModelError:
     return ModelError("The script says to fail here.", code="scripted_failure", retryable=True)
 
 
-def _play(reply: Reply, position: int) -> Iterator[Event]:
-    """Yield the events of one round of a conversation of `position` messages."""
+def _play(reply: Reply, position: int) -> tuple[list[Event], Exception | None]:
+    """Return the events of one round of a conversation of `position` messages.
+
+    If a part is an exception, those before it, and the exception.
+    """
     parts: Sequence[Part]
     if isinstance(reply, str):
         parts = [Say(reply)]
@@ -240,7 +247,6 @@ def _play(reply: Reply, position: int) -> Iterator[Event]:
                 writer.call_args(call_id, args_json)
                 writer.end_call(call_id)
             case Exception():
-                raise part
-        yield from writer.take()
+                return writer.take(), part
     writer.finish("tool_calls" if calls else "stop", Usage(position, written))
-    yield from writer.take()
+    return writer.take(), None

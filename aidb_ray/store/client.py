@@ -83,7 +83,7 @@ class _SessionRead(NamedTuple):
     done: asyncio.Future[SessionRowsRead]
 
 
-class _Waiting(NamedTuple):
+class _Waiting(msgspec.Struct, frozen=True, gc=False):
     """A commit in the queue: what it asks, its chunks, and who hears how it ends."""
 
     commit: Commit

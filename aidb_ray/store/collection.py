@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from aidb_ray.store.client import StoreClient
 
 R = TypeVar("R")
+Shown: TypeAlias = "bytes | EllipsisType | None"
+"""A row as it will show: its bytes, None when it is gone, `...` when it is not known here."""
+
 MAX_UNREAD_CHANGES = 10_000
 MAX_DECODED = 10_000
 
@@ -182,34 +186,52 @@ class Collection(Generic[R]):
             KeyExistsError: this process knows a row with that key; (when awaited) the store does.
         """
         session, site = self._writable()
-        name, writes = self.name, site.writes
         group = self._group(session)
-        many = cast("Sequence[R | Mapping[str, Any]]", rows if _is_many(rows) else (rows,))
-        if not many:
-            raise ContractError("There is no row to insert.", collection=name)
-        values: dict[str, bytes] = {}
         earlier: list[Transaction] = []
-        for row in many:
-            key, value = self._codec.encode(name, row)
-            if key in values or self._shown(session, site, key, group) is not None:
-                raise KeyExistsError(
-                    f"{name}[{key!r}] exists already. Update it, or insert another key.",
-                    collection=name,
-                    key=key,
-                )
-            values[key] = value
-            owner = writes.latest_owner(session, name, key)
-            if isinstance(owner, Transaction):
-                earlier.append(owner)
-        intents = [NewRow(name, key, value) for key, value in values.items()]
-        transaction = Transaction(session, intents, site.client, writes)
+        if isinstance(rows, list | tuple):
+            many = cast("Sequence[R | Mapping[str, Any]]", rows)
+            if not many:
+                raise ContractError("There is no row to insert.", collection=self.name)
+            intents = [self._new_row(session, site, row, group, earlier) for row in many]
+            keys = [intent.key for intent in intents]
+            if len(set(keys)) < len(keys):
+                raise self._exists(next(key for key in keys if keys.count(key) > 1))
+        else:
+            one = cast("R | Mapping[str, Any]", rows)
+            intents = [self._new_row(session, site, one, group, earlier)]
+        transaction = Transaction(session, intents, site.client, site.writes)
         if group is not None:
-            self._join(group, transaction, intents, values)
+            self._join(group, transaction, intents, [intent.value for intent in intents])
         elif earlier:
-            self._run(site, transaction, intents, values, earlier)
+            self._run(site, transaction, [intent.value for intent in intents], earlier)
         else:
             transaction.send_inserts()
         return transaction
+
+    def _new_row(
+        self,
+        session: str,
+        site: Site,
+        row: R | Mapping[str, Any],
+        group: Group | None,
+        earlier: list[Transaction],
+    ) -> NewRow:
+        """Return what inserts a row; adds to `earlier` the write that must be durable before."""
+        name = self.name
+        key, value = self._codec.encode(name, row)
+        if self._shown(session, site, key, group) is not None:
+            raise self._exists(key)
+        owner = site.writes.latest_owner(session, name, key)
+        if isinstance(owner, Transaction):
+            earlier.append(owner)
+        return NewRow(name, key, value)
+
+    def _exists(self, key: str) -> KeyExistsError:
+        return KeyExistsError(
+            f"{self.name}[{key!r}] exists already. Update it, or insert another key.",
+            collection=self.name,
+            key=key,
+        )
 
     def update(
         self,
@@ -245,10 +267,10 @@ class Collection(Generic[R]):
         fields = self._codec.prepare(self.name, changes, key)
         test = None if when is None else self._condition(when)
         intent = Patch(self.name, key, self._codec, fields, expected_revision, test)
-        values: dict[str, bytes | None] = {}
+        value: Shown = ...
         if shown is not None:
-            values[key] = self._codec.patch(self.name, shown.value, fields, key)
-        return self._write(site, session, intent, values, group)
+            value = self._codec.patch(self.name, shown.value, fields, key)
+        return self._write(site, session, intent, value, group)
 
     def delete(
         self,
@@ -265,8 +287,7 @@ class Collection(Generic[R]):
             self._must_be_possible(session, site, key, group)
         test = None if when is None else self._condition(when)
         intent = Patch(self.name, key, self._codec, None, expected_revision, test)
-        values: dict[str, bytes | None] = {} if shown is None else {key: None}
-        return self._write(site, session, intent, values, group)
+        return self._write(site, session, intent, ... if shown is None else None, group)
 
     # Reading.
 
@@ -499,33 +520,25 @@ class Collection(Generic[R]):
         return lambda fields: test(cast("dict[str, Any]", fields)) is True
 
     def _write(
-        self,
-        site: Site,
-        session: str,
-        intent: Patch,
-        values: Mapping[str, bytes | None],
-        group: Group | None,
+        self, site: Site, session: str, intent: Patch, value: Shown, group: Group | None
     ) -> Transaction:
         transaction = Transaction(session, [intent], site.client, site.writes)
         if group is not None:
-            self._join(group, transaction, [intent], values)
+            self._join(group, transaction, [intent], [value])
             return transaction
         owner = site.writes.latest_owner(session, self.name, intent.key)
         earlier = [owner] if isinstance(owner, Transaction) else []
-        self._run(site, transaction, [intent], values, earlier)
+        self._run(site, transaction, [value], earlier)
         return transaction
 
     def _run(
         self,
         site: Site,
         transaction: Transaction,
-        intents: Sequence[Intent],
-        values: Mapping[str, bytes | None],
+        values: Sequence[Shown],
         earlier: Sequence[Transaction],
     ) -> None:
-        for intent in intents:
-            if intent.key in values:
-                transaction.show(intent, values[intent.key])
+        transaction.show(values)
         site.spawn(transaction.run(self._known, earlier))
 
     def _join(
@@ -533,12 +546,13 @@ class Collection(Generic[R]):
         group: Group,
         transaction: Transaction,
         intents: Sequence[Intent],
-        values: Mapping[str, bytes | None],
+        values: Sequence[Shown],
     ) -> None:
         transaction.is_part = True
         group.intents += intents
-        for key, value in values.items():
-            group.shown[self.name, key] = value
+        for intent, value in zip(intents, values, strict=True):
+            if value is not ...:
+                group.shown[self.name, intent.key] = value
 
     def _group(self, session: str, *, is_writing: bool = True) -> Group | None:
         """Return the group that a write to this session takes part in, if there is one."""
@@ -641,10 +655,6 @@ class Draft:
         fields: dict[str, Any] = object.__getattribute__(self, "_fields")
         before: Mapping[str, Any] = object.__getattribute__(self, "_before")
         return {n: v for n, v in fields.items() if n not in before or before[n] != v}
-
-
-def _is_many(rows: object) -> bool:
-    return isinstance(rows, list | tuple)
 
 
 def _ignore(events: Sequence[RowEvent]) -> None:

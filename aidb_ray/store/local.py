@@ -43,21 +43,34 @@ class RowEvent(NamedTuple):
 class Write:
     """One outstanding write of one row; `value` is None for a delete, `owner` its transaction."""
 
-    __slots__ = ("owner", "value")
+    __slots__ = ("below", "owner", "value")
 
-    def __init__(self, value: bytes | None, owner: object) -> None:
+    def __init__(self, value: bytes | None, owner: object, below: Write | None) -> None:
         self.value = value
         self.owner = owner
+        # The write that this one was made on, while both are outstanding.
+        self.below = below
 
 
 class _Own:
-    """This process's writes of one row: outstanding ones, oldest first, and the newest durable."""
+    """This process's writes of one row: the newest outstanding one, and the newest durable."""
 
-    __slots__ = ("durable", "outstanding")
+    __slots__ = ("durable", "newest")
 
     def __init__(self) -> None:
-        self.outstanding: list[Write] = []
+        self.newest: Write | None = None
         self.durable: tuple[int, bytes | None] | None = None
+
+    def remove(self, write: Write) -> None:
+        """Take a write out of those that are outstanding."""
+        if self.newest is write:
+            self.newest = write.below
+            return
+        above = self.newest
+        while above is not None and above.below is not write:
+            above = above.below
+        assert above is not None, "a write is settled once"
+        above.below = write.below
 
 
 OnEvents: TypeAlias = Callable[[Sequence[RowEvent]], None]
@@ -80,8 +93,7 @@ class LocalWrites:
         own = self._rows.get(where)
         if own is None:
             own = self._rows[where] = _Own()
-        write = Write(value, owner)
-        own.outstanding.append(write)
+        write = own.newest = Write(value, owner, own.newest)
         if self._views:
             self._tell(where)
         return write
@@ -90,7 +102,7 @@ class LocalWrites:
         """Count a write as durable since `revision`."""
         where = (session, collection, key)
         own = self._rows[where]
-        own.outstanding.remove(write)
+        own.remove(write)
         self._keep(where, own, revision, write.value)
         if self._views:
             self._tell(where)
@@ -99,8 +111,8 @@ class LocalWrites:
         """Take back a write that was refused."""
         where = (session, collection, key)
         own = self._rows[where]
-        own.outstanding.remove(write)
-        if not own.outstanding and own.durable is None:
+        own.remove(write)
+        if own.newest is None and own.durable is None:
             del self._rows[where]
         self._tell(where)
 
@@ -114,12 +126,12 @@ class LocalWrites:
     def latest_owner(self, session: str, collection: str, key: str) -> object | None:
         """Return the transaction of the newest outstanding write of a row, if there is one."""
         own = self._rows.get((session, collection, key))
-        return own.outstanding[-1].owner if own is not None and own.outstanding else None
+        return own.newest.owner if own is not None and own.newest is not None else None
 
     def is_outstanding(self, session: str, collection: str, key: str) -> bool:
         """Whether a write of this row is still on its way."""
         own = self._rows.get((session, collection, key))
-        return own is not None and bool(own.outstanding)
+        return own is not None and own.newest is not None
 
     def look(
         self, session: str, collection: str, key: str, synced: StoredRow | None, told: int = 0
@@ -133,8 +145,8 @@ class LocalWrites:
         if own is None:
             return synced, True
         base = _newer(own, synced, told)
-        if own.outstanding:
-            value = own.outstanding[-1].value
+        if own.newest is not None:
+            value = own.newest.value
             revision = base.revision if base is not None else 0
             return (None if value is None else StoredRow(revision, value)), False
         return base, True
@@ -203,7 +215,7 @@ class LocalWrites:
         assert own.durable is not None
         self._durable_bytes -= len(own.durable[1] or b"")
         own.durable = None
-        if not own.outstanding:
+        if own.newest is None:
             del self._rows[where]
 
     def _tell(self, where: Where) -> None:

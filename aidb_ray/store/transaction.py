@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -27,8 +28,7 @@ MAX_REMAKES = 5
 Condition: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class NewRow:
+class NewRow(msgspec.Struct, frozen=True, gc=False):
     """Insert these bytes."""
 
     collection: str
@@ -109,7 +109,8 @@ class Transaction:
         self._intents = intents
         self._client = client
         self._writes = writes
-        self._shown: list[tuple[Intent, Write]] = []
+        # One for each intent that shows; a None where one does not.
+        self._shown: list[Write | None] = []
         self._waiters: list[asyncio.Future[None]] | None = None
         self._error: Exception | None = None
         self._was_told = False
@@ -153,14 +154,14 @@ class Transaction:
         """Send a transaction that only inserts: no row need be looked at first."""
         session = self.session
         mutations: list[Mutation] = []
+        values: list[bytes | None] = []
         for intent in self._intents:
             assert isinstance(intent, NewRow)
             mutations.append(Insert(session, intent.collection, intent.key, intent.value))
+            values.append(intent.value)
         # First, since it may refuse: then nothing has been shown.
         self._client.send(mutations, self.settle)
-        for intent in self._intents:
-            assert isinstance(intent, NewRow)
-            self.show(intent, intent.value)
+        self.show(values)
 
     async def run(self, known: Known, earlier: Sequence[Transaction] = ()) -> None:
         """Make and send mutations until the store accepts them or refuses for good.
@@ -198,10 +199,13 @@ class Transaction:
                     raise
         raise AssertionError
 
-    def show(self, intent: Intent, value: bytes | None) -> None:
-        """Show one row in this process as it will be."""
-        write = self._writes.add(self.session, intent.collection, intent.key, value, self)
-        self._shown.append((intent, write))
+    def show(self, values: Sequence[bytes | EllipsisType | None]) -> None:
+        """Show the rows in this process as they will be; `...` for one that is not known here."""
+        session, add = self.session, self._writes.add
+        self._shown = [
+            None if value is ... else add(session, intent.collection, intent.key, value, self)
+            for intent, value in zip(self._intents, values, strict=True)
+        ]
 
     def settle(self, revision: int, error: Exception | None) -> None:
         """Record how it ended, settle what is shown, and wake whoever awaits."""
@@ -209,7 +213,9 @@ class Transaction:
         self.revision = revision
         self._error = error
         writes, session = self._writes, self.session
-        for intent, write in self._shown:
+        for intent, write in zip(self._intents, self._shown, strict=False):
+            if write is None:
+                continue
             if error is None:
                 writes.succeed(session, intent.collection, intent.key, write, revision)
             else:

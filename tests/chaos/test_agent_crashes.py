@@ -376,11 +376,11 @@ async def test_processes_that_are_killed_at_work(tmp_path: Path) -> None:
         calls: list[ToolCall] = []
         for session in sessions:
             messages += await db.query(lambda q: q.from_(m=session.messages))  # noqa: B023
-            generations += await db.query(lambda q: q.from_(g=session.generations))  # noqa: B023
             calls += await db.query(lambda q: q.from_(c=session.tool_calls))  # noqa: B023
-            for generation in generations:
-                if generation.id in {m.generation_id for m in messages}:
-                    await check_chunks(session, generation)
+            found = await db.query(lambda q: q.from_(g=session.generations))  # noqa: B023
+            for generation in found:
+                await check_chunks(session, generation)
+            generations += found
 
     assert epochs == sorted(epochs)
     assert len(set(epochs)) == 1 + sum(victim != "store" for victim in KILLS)
