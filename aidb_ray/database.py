@@ -136,8 +136,7 @@ class Database:
         self.is_closed = False
         self._refs = refs
         # A client belongs to one event loop; a handle may be used in several, one after the other.
-        self._partitions: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Partition]]
-        self._partitions = WeakKeyDictionary()
+        self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
@@ -173,6 +172,8 @@ class Database:
         if found is None:
             if self.is_closed:
                 raise _closed(self.name)
+            for gone in [other for other in self._partitions if other.is_closed()]:
+                del self._partitions[gone]
             found = self._partitions[loop] = [Partition(ref) for ref in self._refs]
         return found
 
@@ -213,14 +214,22 @@ class Database:
         # The name that stands for no session holds collections of the whole database.
         return [Session(self, url) for url in sorted(found) if url]
 
+    @overload
+    def collection(
+        self, name: str, schema: None = None, *, key: str = ..., session: str | None = ...
+    ) -> Collection[dict[str, Any]]: ...
+    @overload
+    def collection(
+        self, name: str, schema: type[R], *, key: str = ..., session: str | None = ...
+    ) -> Collection[R]: ...
     def collection(
         self,
         name: str,
-        schema: type[R] | None = None,
+        schema: type[Any] | None = None,
         *,
         key: str = "id",
         session: str | None = None,
-    ) -> Collection[R]:
+    ) -> Collection[Any]:
         """Return a collection; it exists once it has a row.
 
         Without a session it lives in the first partition. A session ending in `*` reads across
@@ -347,7 +356,9 @@ class Database:
         for stack in _open.values():
             if self in stack:
                 stack.remove(self)
-        owns_processes = self.is_local or (self.cluster is not None and self.cluster.owned)
+        owns_processes = self.is_local or (
+            self.cluster is not None and self.cluster.owned and not self._is_shared()
+        )
         loop = asyncio.get_running_loop()
         partitions = self._partitions.get(loop, [])
         async with AsyncExitStack() as closing:
@@ -361,6 +372,14 @@ class Database:
                 closing.push_async_callback(partition.aclose)
             for agent in list(self._agents.values()):
                 closing.push_async_callback(agent.aclose if owns_processes else agent.detach)
+
+    def _is_shared(self) -> bool:
+        """Whether this process has another open connection to the same stores."""
+        return any(
+            (other.name, other.data_dir) == (self.name, self.data_dir) and not other.is_local
+            for stack in _open.values()
+            for other in stack
+        )
 
     async def shutdown(self) -> None:
         """End the agents and stores of this database, also on an existing cluster; rows stay."""
@@ -423,9 +442,15 @@ class Session:
 
         return ChunkCollection(self.database, self.url)
 
+    @overload
     def collection(
-        self, name: str, schema: type[R] | None = None, *, key: str = "id"
-    ) -> Collection[R]:
+        self, name: str, schema: None = None, *, key: str = ...
+    ) -> Collection[dict[str, Any]]: ...
+    @overload
+    def collection(self, name: str, schema: type[R], *, key: str = ...) -> Collection[R]: ...
+    def collection(
+        self, name: str, schema: type[Any] | None = None, *, key: str = "id"
+    ) -> Collection[Any]:
         """Return a collection of this session."""
         return self.database.collection(name, schema, key=key, session=self.url)
 
@@ -520,7 +545,7 @@ async def _connect(plan: _Plan) -> Database:
 async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
     home = plan.data_dir.absolute() / plan.database
     is_private = cluster is None or cluster.owned
-    refs = [] if is_private else await _find_running(plan, home)
+    refs = [] if cluster is None else await _find_running(plan, home)
     if not refs:
         if not is_private:
             _check_shared_directory(plan)

@@ -202,7 +202,7 @@ class Collection(Generic[R]):
         transaction = Transaction(session, intents, site.client, site.writes)
         if group is not None:
             self._join(group, transaction, intents, [intent.value for intent in intents])
-        elif earlier:
+        elif earlier or site.writes.unsent:
             self._run(site, transaction, [intent.value for intent in intents], earlier)
         else:
             transaction.send_inserts()
@@ -539,6 +539,8 @@ class Collection(Generic[R]):
         earlier: Sequence[Transaction],
     ) -> None:
         transaction.show(values)
+        transaction.is_queued = True
+        site.writes.unsent += 1
         site.spawn(transaction.run(self._known, earlier))
 
     def _join(

@@ -77,9 +77,15 @@ OnEvents: TypeAlias = Callable[[Sequence[RowEvent]], None]
 
 
 class LocalWrites:
-    """The own writes of this process to one partition, and the views that show them."""
+    """The own writes of this process to one partition, and the views that show them.
+
+    Attributes:
+        unsent: Transactions whose task has not had its first turn. Tasks get it in the order in
+            which they were made, so a write that is sent at once would overtake them.
+    """
 
     def __init__(self) -> None:
+        self.unsent = 0
         self._rows: dict[Where, _Own] = {}
         self._durable: OrderedDict[Where, None] = OrderedDict()
         self._durable_bytes = 0

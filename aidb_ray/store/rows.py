@@ -116,13 +116,17 @@ class RowCodec(Generic[T]):
             raise self._contract_error(error, collection) from None
         except (ValueError, TypeError) as error:
             # pydantic_core's PydanticSerializationError is a ValueError.
-            raise self._unstorable_row(collection, row, error) from error
+            raise self._unstorable_row(collection, cast("object", row), error) from error
         return key, self._checked(collection, key, value)
 
     def _unstorable_row(self, collection: str, row: object, error: Exception) -> ContractError:
         """Say why a row that fits its type has no JSON: pydantic lets half characters pass."""
         for name, wire in (self.wire_names or {}).items():
-            value = row.get(name, row.get(wire)) if isinstance(row, dict) else getattr(row, name)
+            if isinstance(row, Mapping):
+                fields = cast("Mapping[str, Any]", row)
+                value = fields.get(name, fields.get(wire))
+            else:
+                value = getattr(row, name)
             if isinstance(value, str) and not _is_unicode(value):
                 return ContractError(
                     f"{name} in a row of {collection!r} holds half of a surrogate pair.",

@@ -91,6 +91,7 @@ class Transaction:
         "_writes",
         "is_done",
         "is_part",
+        "is_queued",
         "revision",
         "session",
     )
@@ -106,6 +107,7 @@ class Transaction:
         self.revision = 0
         self.is_done = False
         self.is_part = False
+        self.is_queued = False
         self._intents = intents
         self._client = client
         self._writes = writes
@@ -169,7 +171,13 @@ class Transaction:
         The first try is made on rows as they are `known` here, later ones on the store's.
         `earlier` are outstanding writes of the same rows: this one was made on top of them, so
         it waits for them and fails with them.
+
+        Writes of one process to known rows are sent in the order in which they were made: up to
+        the sending there is nothing to wait for.
         """
+        if self.is_queued:
+            self.is_queued = False
+            self._writes.unsent -= 1
         try:
             for transaction in earlier:
                 await transaction.finished()

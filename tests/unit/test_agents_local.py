@@ -25,6 +25,7 @@ from aidb_ray import (
     ToolCall,
     UnavailableError,
     UsageLimits,
+    and_,
     connect,
     create_agent,
     durable_agent,
@@ -33,17 +34,23 @@ from aidb_ray import (
     tool,
 )
 from aidb_ray.agents.drain import DrainLifecycle
+from aidb_ray.agents.replies import ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor
 from aidb_ray.contracts import utc_now
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import ToolContext
 from aidb_ray.runtime import LocalRef
+from aidb_ray.store.collection import Collection
 from aidb_ray.testing import CallTool, Player, Reply, ScriptedModel
 
 URL = "aidb://echo/1"
 SOON_MS = 20_000
 NO_PAUSE = Retry(first_pause_ms=1, longest_pause_ms=1)
+
+
+def echo(messages: Sequence[ModelMessage]) -> Reply:
+    return f"You said {messages[-1].content}."
 
 
 class Model:
@@ -54,7 +61,7 @@ class Model:
         self.was_asked = asyncio.Event()
         self.door = asyncio.Event()
         self.door.set()
-        self._play = play or (lambda messages: f"You said {messages[-1].content}.")
+        self._play = play or echo
         self.adapter = ScriptedModel(self._answer)
 
     async def _answer(self, messages: Sequence[ModelMessage]) -> Reply:
@@ -81,13 +88,20 @@ async def db() -> AsyncIterator[Database]:
 
 async def start(model: Model | Player, **options: Any) -> Agent:
     adapter = model.adapter if isinstance(model, Model) else ScriptedModel(model)
-    agent = create_agent(durable_agent(**{"name": "echo", "adapter": adapter, **options}))
+    given: dict[str, Any] = {"name": "echo", "adapter": adapter, **options}
+    agent = create_agent(durable_agent(**given))
     await agent.ready()
     return agent
 
 
 async def ask(agent: Agent, text: str, session: str = URL, **options: Any) -> AgentMessage:
     return await agent.send(text, session=session, **options).reply(timeout_ms=SOON_MS)
+
+
+async def written(handle: ReplyHandle) -> None:
+    """Wait until the message is durable."""
+    assert handle.sent is not None
+    await handle.sent
 
 
 async def rows_of(db: Database, collection: str, session: str = URL) -> list[Any]:
@@ -146,7 +160,7 @@ async def test_messages_that_come_while_the_agent_talks_are_answered_together(
     first = agent.send("one", session=URL)
     await model.was_asked.wait()
     later = [agent.send(text, session=URL) for text in ("two", "three")]
-    await later[-1].sent
+    await written(later[-1])
     model.door.set()
 
     replies = [await handle.reply(timeout_ms=SOON_MS) for handle in (first, *later)]
@@ -169,7 +183,7 @@ async def test_a_message_sent_twice_under_one_id_is_answered_once(db: Database) 
     model.close()
     first = agent.send("hello", session=URL, message_id="m")
     at_once = agent.send("hello", session=URL, message_id="m")
-    await first.sent
+    await written(first)
     durable = agent.send("hello", session=URL, message_id="m")
     model.door.set()
     replies = [await each.reply(timeout_ms=SOON_MS) for each in (first, at_once, durable)]
@@ -227,7 +241,7 @@ async def test_a_row_that_is_no_message_does_not_keep_others_from_being_answered
 ) -> None:
     agent = await start(Model())
     await ask(agent, "one")
-    foreign = db.session(URL).collection("messages")
+    foreign: Collection[Any] = db.session(URL).collection("messages")
     await foreign.insert({"id": "odd", "targetAgent": "echo", "processed": False, "role": 3})
 
     assert (await ask(agent, "two")).content == "You said two."
@@ -521,7 +535,7 @@ async def test_a_cancel_ends_messages_that_only_wait(db: Database) -> None:
     model = Model()
     agent = await start(model)
     waits = agent.send("later", session=URL, not_before=utc_now() + timedelta(days=1))
-    await waits.sent
+    await written(waits)
     await agent.cancel(session=URL, reason="not needed")
 
     with pytest.raises(RunCancelledError):
@@ -567,10 +581,10 @@ async def test_a_cancel_covers_nothing_that_was_written_after_it(db: Database) -
     model = Model()
     agent = await start(model, autostart=False)
     before = agent.send("before", session=URL)
-    await before.sent
+    await written(before)
     await agent.cancel(session=URL)
     after = agent.send("after", session=URL)
-    await after.sent
+    await written(after)
 
     with pytest.raises(RunCancelledError):
         await before.reply(timeout_ms=SOON_MS)
@@ -619,7 +633,7 @@ async def test_an_agent_that_does_not_start_by_itself_works_when_asked(db: Datab
     agent = await start(model, autostart=False)
     one, two = URL, "aidb://echo/2"
     for session in (one, two):
-        await agent.send("hello", session=session).sent
+        await written(agent.send("hello", session=session))
 
     assert await agent.has_pending_work()
     assert await agent.in_session(two).run_generation_cycle()
@@ -629,7 +643,7 @@ async def test_an_agent_that_does_not_start_by_itself_works_when_asked(db: Datab
     drained = await agent.in_session(one).drain_until_idle()
     assert (drained.completed, drained.cycles) == (True, 1)
     assert not await agent.has_pending_work()
-    await agent.send("more", session=one).sent
+    await written(agent.send("more", session=one))
     assert await agent.has_pending_work(), "a drain left the agent reactive"
     assert await agent.run_generation_cycle()
     assert len(model.asked) == 3
@@ -638,7 +652,7 @@ async def test_an_agent_that_does_not_start_by_itself_works_when_asked(db: Datab
 async def test_a_drain_tells_its_caller_how_far_it_is(db: Database) -> None:
     agent = await start(Model(), autostart=False)
     for number in range(3):
-        await agent.send("hello", session=f"aidb://echo/{number}").sent
+        await written(agent.send("hello", session=f"aidb://echo/{number}"))
     told: list[object] = []
 
     async def heartbeat() -> None:
@@ -665,7 +679,7 @@ async def test_at_its_deadline_a_drain_stops_what_it_began_and_the_row_stays(
     agent = await start(model, autostart=False)
     model.close()
     handle = agent.send("hello", session=URL)
-    await handle.sent
+    await written(handle)
 
     drained = await agent.drain_until_idle(max_duration_ms=80, headroom_ms=10)
 
@@ -683,13 +697,13 @@ async def test_two_drains_at_once_leave_the_agent_as_it_was(db: Database) -> Non
     model = Model()
     agent = await start(model, autostart=False)
     model.close()
-    await agent.send("hello", session=URL).sent
+    await written(agent.send("hello", session=URL))
     drains = [asyncio.create_task(agent.drain_until_idle()) for _ in range(2)]
     await model.was_asked.wait()
     model.door.set()
     assert all([(await drain).completed for drain in drains])
 
-    await agent.send("more", session=URL).sent
+    await written(agent.send("more", session=URL))
     await heard_everything(db)
     assert await agent.has_pending_work()
     assert len(model.asked) == 1
@@ -764,7 +778,7 @@ async def test_another_definition_replaces_after_what_runs_has_ended(db: Databas
     waiting = old.send("and me?", session=URL)
 
     replacing = asyncio.create_task(start(new_model, version="2"))
-    await waiting.sent
+    await written(waiting)
     assert not replacing.done()
     old_model.door.set()
     new = await replacing
@@ -897,7 +911,7 @@ async def test_a_message_that_someone_else_processed_is_not_answered(db: Databas
     model = Model()
     agent = await start(model, autostart=False)
     handle = agent.send("hello", session=URL)
-    await handle.sent
+    await written(handle)
     await db.session(URL).messages.update(handle.message_id, {"processed": True})
     assert not await agent.run_generation_cycle()
     assert not model.asked
@@ -913,7 +927,7 @@ async def test_losing_the_feed_loses_no_message(db: Database) -> None:
     feed = db.partitions[0].client.feed
     feed._generation = "of another store"
     second = agent.send("two", session=URL)
-    await second.sent
+    await written(second)
     model.door.set()
 
     assert (await first.reply(timeout_ms=SOON_MS)).content == "You said one."
@@ -980,19 +994,29 @@ class Task(BaseModel):
     done: bool = False
 
 
-def tasks_of(db: Database, session: str | None = None) -> Any:
+def tasks_of(db: Database, session: str | None = None) -> Collection[Task]:
     return db.collection("tasks", Task, session=session)
 
 
-async def start_raw(db: Database, generate: Any, **options: Any) -> Agent:
-    tasks = options.pop("tasks", None) or tasks_of(db)
+async def start_raw(
+    db: Database,
+    generate: Callable[[GenerateContext[Any]], Any],
+    *,
+    tasks: Collection[Task] | None = None,
+    session: Callable[[Task], str] | None = None,
+    build_messages: Callable[[list[Task], Any], Any] | None = None,
+    on_response: Callable[[Any, list[Task]], Any] | None = None,
+) -> Agent:
+    source = tasks or tasks_of(db)
     agent = create_agent(
         name="planner",
-        pending_work=lambda q: q.from_(t=tasks).where(
-            lambda t: (eq(t.target, "planner")) & (eq(t.done, False))
+        pending_work=lambda q: q.from_(t=source).where(
+            lambda t: and_(eq(t.target, "planner"), eq(t.done, False))
         ),
         generate=generate,
-        **options,
+        session=session,
+        build_messages=build_messages,
+        on_response=on_response,
     )
     await agent.ready()
     return agent
@@ -1006,7 +1030,7 @@ async def raw_rows(db: Database) -> list[Task]:
 async def test_a_raw_agent_answers_rows_of_the_user_s_own(db: Database) -> None:
     seen: list[tuple[Any, list[ModelMessage]]] = []
 
-    async def generate(ctx: GenerateContext) -> str:
+    async def generate(ctx: GenerateContext[Any]) -> str:
         seen.append((ctx.pending, ctx.messages))
         return f"plan for {ctx.messages[0].content}"
 
@@ -1118,7 +1142,7 @@ async def test_rows_of_one_session_are_answered_in_turn_and_of_two_at_once(
     started: list[list[str]] = []
     two_began = asyncio.Event()
 
-    async def generate(ctx: GenerateContext) -> str:
+    async def generate(ctx: GenerateContext[Any]) -> str:
         started.append([row.id for row in ctx.pending])
         if len(started) == 2:
             two_began.set()
@@ -1151,7 +1175,7 @@ async def test_a_row_that_changes_while_it_is_answered_is_answered_anew(db: Data
     door, began = asyncio.Event(), asyncio.Event()
     bodies: list[str] = []
 
-    async def generate(ctx: GenerateContext) -> str:
+    async def generate(ctx: GenerateContext[Any]) -> str:
         bodies.append(ctx.pending[0].body)
         began.set()
         await door.wait()
@@ -1174,7 +1198,7 @@ async def test_a_row_that_changes_while_it_is_answered_is_answered_anew(db: Data
 async def test_same_group_in_two_sessions_is_kept_apart(db: Database) -> None:
     answered: list[tuple[str, list[str]]] = []
 
-    def generate(ctx: GenerateContext) -> str:
+    def generate(ctx: GenerateContext[Any]) -> str:
         answered.append((ctx.session.url, [row.id for row in ctx.pending]))
         return "done"
 
@@ -1199,7 +1223,7 @@ async def test_same_group_in_two_sessions_is_kept_apart(db: Database) -> None:
 async def test_build_messages_may_choose_what_the_model_reads(db: Database) -> None:
     model = Model()
 
-    async def build(pending: list[AgentMessage], ctx: GenerateContext) -> list[dict[str, str]]:
+    async def build(pending: list[AgentMessage], ctx: GenerateContext[Any]) -> list[dict[str, str]]:
         return [{"role": "user", "content": f"{ctx.session.url} {m.content}"} for m in pending]
 
     agent = await start(model, build_messages=build)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aidb_ray.contracts import AgentMessage, Chunk
+from aidb_ray.database import connect
 from aidb_ray.errors import (
     CompactedError,
     ConfigError,
@@ -368,3 +369,25 @@ async def test_filters_name_what_a_collection_holds(tmp_path: Path) -> None:
         assert repr(process.collection("rows", session="aidb://a")) == (
             "<Collection 'rows' of aidb://a>"
         )
+
+
+async def test_writes_of_one_process_are_committed_in_the_order_they_were_made(
+    tmp_path: Path,
+) -> None:
+    async with connect("local", data_dir=tmp_path) as db:
+        messages = db.session("aidb://s/1").messages
+        row = {"role": "user", "actor_id": "me", "content": "?"}
+        await messages.insert([{**row, "id": "a"}, {**row, "id": "b"}])
+        await messages.ready()
+
+        made = [
+            messages.update("a", {"content": "1"}),
+            messages.insert({**row, "id": "c"}),
+            messages.delete("b"),
+            messages.insert({**row, "id": "d"}),
+        ]
+        for transaction in made:
+            await transaction
+
+        revisions = [transaction.revision for transaction in made]
+        assert revisions == sorted(revisions)
