@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
@@ -440,7 +440,7 @@ def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
 def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], None]:
     def put(event: Any) -> None:
         row: Any = transform(event, buffer.next_index, buffer.generation_id)
-        named: Mapping[str, Any] = vars(row) if hasattr(row, "__dict__") else row
+        named = cast("Mapping[str, Any]", vars(row) if hasattr(row, "__dict__") else row)
         type_, content = named.get("type"), named.get("content", "")
         if not isinstance(type_, str) or not isinstance(content, str):
             raise ContractError(

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast, overload
@@ -114,20 +114,18 @@ class Store:
     """
 
     def __init__(self, directory: Path, **options: Any) -> None:
-        small = {"segment_bytes": 1 << 20, "reserve_bytes": 0}
         self.directory = directory / "p0"
         self.uuid = str(uuid4())
-        self.options = StoreOptions(
-            **{
-                "database": "test",
-                "partition": 0,
-                "durability": "local",
-                "directory": str(self.directory),
-                "store_uuid": self.uuid,
-                **small,
-                **options,
-            }
-        )
+        usual: dict[str, Any] = {
+            "database": "test",
+            "partition": 0,
+            "durability": "local",
+            "directory": str(self.directory),
+            "store_uuid": self.uuid,
+            "segment_bytes": 1 << 20,
+            "reserve_bytes": 0,
+        }
+        self.options = StoreOptions(**{**usual, **options})
         create_store(
             self.directory,
             FileSystem(),
@@ -230,7 +228,7 @@ class Store:
 
 
 @asynccontextmanager
-async def open_store(directory: Path, **options: Any) -> AsyncIterator[Store]:
+async def open_store(directory: Path, **options: Any) -> AsyncGenerator[Store]:
     """Give a fresh store that serves."""
     store = Store(directory, **options)
     store.start()

@@ -246,8 +246,10 @@ class GenerationRun:
                 self._pending = [key for key in found.message_ids if state.is_waiting(key)]
             if not self._pending:
                 command = End("cancelled", error="Nobody waits for it any more.")
-            if isinstance(command, machine.Park) and not self.signal.is_aborted:
-                return command
+            if isinstance(command, machine.Park):
+                if not self.signal.is_aborted:
+                    return command
+                command = End("cancelled", error=self.signal.reason)
             page = await shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
             if isinstance(command, machine.AskModel) and self._definition.generate is None:

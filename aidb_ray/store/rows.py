@@ -52,7 +52,9 @@ _CODES = {
     "recursion_loop": "too_deep",
 }
 # To a type checker these are datetimes; here they are classes of their own.
-_DATETIMES: tuple[type[Any], ...] = (AwareDatetime, NaiveDatetime, PastDatetime, FutureDatetime)
+_DATETIMES = cast(
+    "tuple[type[Any], ...]", (AwareDatetime, NaiveDatetime, PastDatetime, FutureDatetime)
+)
 _LEAST_INT, _GREATEST_INT = -(1 << 63), (1 << 64) - 1
 _decode_dict = msgspec.json.Decoder(dict[str, Any]).decode
 

@@ -55,9 +55,9 @@ class Visitor:
         await site.client.feed.reached(revision)
 
     async def insert(self, first: int, count: int) -> int:
-        for n in range(first, first + count):
-            written = self._rows.insert({"id": f"{n:05}", "by": os.getpid()})
-        return (await written).revision
+        rows = [{"id": f"{n:05}", "by": os.getpid()} for n in range(first, first + count)]
+        writes = [self._rows.insert(row) for row in rows]
+        return (await writes[-1]).revision
 
 
 async def test_two_processes_share_a_collection_live(db: Database) -> None:
@@ -185,7 +185,7 @@ async def drive(*args: str) -> list[str]:
 async def test_a_second_driver_finds_the_store_that_the_first_left(tmp_path: Path) -> None:
     import ray
 
-    address = ray.get_runtime_context().gcs_address
+    address = str(ray.get_runtime_context().gcs_address)  # pyright: ignore[reportUnknownArgumentType]
 
     first = await drive(address, str(tmp_path), "left", "a")
     second = await drive(address, str(tmp_path), "left", "b")

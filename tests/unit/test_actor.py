@@ -45,7 +45,8 @@ async def read(actor: StoreActor, wanted: Filter = ALL[0], **options: Any) -> Ro
 
 
 async def poll(actor: StoreActor, after: int, *, wait_ms: int = 0, **options: Any) -> Changes:
-    fields = {"feed_id": "feed", "generation": "", "filters": ALL, **options}
+    usual: dict[str, Any] = {"feed_id": "feed", "generation": "", "filters": ALL}
+    fields = {**usual, **options}
     return decode_changes(
         await actor.poll(encode(PollRequest(after=after, wait_ms=wait_ms, **fields)))
     )

@@ -37,7 +37,7 @@ from aidb_ray.agents.drain import DrainLifecycle
 from aidb_ray.agents.replies import ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor
-from aidb_ray.contracts import utc_now
+from aidb_ray.contracts import GenerationStatus, ToolCallStatus, utc_now
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import ToolContext
 from aidb_ray.runtime import LocalRef
@@ -983,6 +983,119 @@ async def test_replies_are_told_apart_from_failures_in_one_batch(db: Database) -
             assert isinstance(result, AgentMessage)
 
 
+# After a crash: rows as a process leaves them that dies while a tool runs.
+
+
+async def leave_call(db: Database, *, status: str = "executing") -> str:
+    """Write what is durable when a call runs; return the call's key."""
+    session = db.session(URL)
+    now = utc_now()
+    await session.messages.insert(
+        {"id": "m", "role": "user", "actor_id": "user", "target_agent": "echo", "content": "sum"}
+    )
+    await session.generations.insert(
+        Generation(
+            id="g",
+            agent="echo",
+            status=GenerationStatus.RUNNING,
+            message_ids=["m"],
+            rounds=[""],
+            created_at=now,
+            updated_at=now,
+        )
+    )
+    await session.tool_calls.insert(
+        ToolCall(
+            id="g:0:0",
+            generation_id="g",
+            name="add",
+            args={"a": 1, "b": 2},
+            status=ToolCallStatus(status),
+            agent="echo",
+            model_call_id="c0",
+            attempt=1,
+            created_at=now,
+            updated_at=now,
+        )
+    )
+    return "g:0:0"
+
+
+async def test_a_call_in_doubt_waits_for_a_person_to_decide(db: Database) -> None:
+    key = await leave_call(db)
+    model = Model(sum_player)
+    agent = await start(model, tools=[add], on_in_doubt="park")
+    assert (await agent.drain_until_idle()).completed
+    assert await agent.has_pending_work()
+    [parked] = await generations(db)
+    assert (parked.status, parked.attempt) == ("running", 1)
+    assert not model.asked
+
+    await db.session(URL).tool_calls.update(key, {"status": "completed", "result": 30})
+
+    reply = await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "It is 30."
+    [ended] = await generations(db)
+    assert (ended.status, ended.attempt) == ("completed", 2)
+
+
+async def test_a_session_that_waits_for_a_person_can_be_cancelled(db: Database) -> None:
+    await leave_call(db)
+    agent = await start(Model(), tools=[add], on_in_doubt="park")
+    assert (await agent.drain_until_idle()).completed
+    await agent.cancel(session=URL, reason="never mind")
+
+    with pytest.raises(RunCancelledError):
+        await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert [call.status for call in await calls(db)] == ["cancelled"]
+    assert [generation.status for generation in await generations(db)] == ["cancelled"]
+    assert (await ask(agent, "next")).content == "You said next."
+
+
+@pytest.mark.parametrize(
+    ("policy", "content", "attempt"), [("retry", "It is 3.", 2), ("fail", "in_doubt", 1)]
+)
+async def test_a_call_in_doubt_is_repeated_or_answered_with_an_error(
+    db: Database, policy: str, content: str, attempt: int
+) -> None:
+    await leave_call(db)
+    agent = await start(sum_player, tools=[add], on_in_doubt=policy)
+    reply = await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert content in reply.content
+    [call] = await calls(db)
+    assert call.attempt == attempt
+
+
+async def test_what_came_after_a_crash_is_answered_after_what_it_interrupted(
+    db: Database,
+) -> None:
+    await leave_call(db)
+    second = {"id": "n", "role": "user", "actor_id": "user", "target_agent": "echo"}
+    await db.session(URL).messages.insert({**second, "content": "more"})
+    model = Model(lambda messages: f"To {messages[-1].content}.")
+    agent = await start(model, tools=[add])
+
+    replies = [await agent.reply_to(k, session=URL).reply(timeout_ms=SOON_MS) for k in "mn"]
+
+    assert [reply.content for reply in replies] == ["To 3.", "To more."]
+    assert [reply.in_reply_to for reply in replies] == ["m", "n"]
+
+
+async def test_a_generation_that_nobody_waits_for_is_ended_without_the_model(
+    db: Database,
+) -> None:
+    await leave_call(db)
+    await db.session(URL).messages.update("m", {"processed": True})
+    model = Model()
+    agent = await start(model, tools=[add])
+    assert (await ask(agent, "next")).content == "You said next."
+    assert len(model.asked) == 1
+    assert {generation.status for generation in await generations(db)} == {
+        "completed",
+        "cancelled",
+    }
+
+
 # Collections of the user's own.
 
 
@@ -1235,7 +1348,8 @@ async def test_a_definition_is_checked_before_anything_starts(db: Database) -> N
     with pytest.raises(ConfigError) as raised:
         create_agent(durable_agent(name="echo", adapter=ScriptedModel([]), tools=[add, add]))
     assert raised.value.code == "duplicate_tool"
+    raw: dict[str, Any] = {"pending_work": lambda q: q.from_(t=tasks_of(db))}  # pyright: ignore[reportUnknownLambdaType]
     with pytest.raises(ConfigError) as raised:
-        create_agent(name="planner", pending_work=lambda q: q.from_(t=tasks_of(db)))
+        create_agent(name="planner", **raw)
     assert raised.value.code == "generate_required"
     assert not db.local_shards

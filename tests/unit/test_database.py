@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from aidb_ray.store import actor as actor_module
 HELLO = {"role": "user", "actor_id": "u", "content": "hi"}
 
 
-def connect_here(directory: Path, **options: Any) -> Any:
+def connect_here(directory: Path, **options: Any) -> database_module._Connecting:
     small = {"segment_bytes": 1 << 20, "reserve_bytes": 0}
     return connect("local", data_dir=directory, store_options=small, **options)
 
@@ -245,17 +245,17 @@ async def test_handles_of_a_local_database_refuse_to_be_sent(tmp_path: Path) -> 
             assert caught.value.code == "local_only"
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda db: db.session("support/42"),
-        lambda db: db.session("aidb://a b"),
-        lambda db: db.session("aidb://../x"),
-        lambda db: db.collection("../../etc/passwd"),
-        lambda db: db.collection(""),
-        lambda db: db.collection("rows", session="x"),
-    ],
-)
+USES: list[Callable[[Database], object]] = [
+    lambda db: db.session("support/42"),
+    lambda db: db.session("aidb://a b"),
+    lambda db: db.session("aidb://../x"),
+    lambda db: db.collection("../../etc/passwd"),
+    lambda db: db.collection(""),
+    lambda db: db.collection("rows", session="x"),
+]
+
+
+@pytest.mark.parametrize("use", USES)
 async def test_names_that_cannot_be_are_refused(
     tmp_path: Path, use: Callable[[Database], object]
 ) -> None:
@@ -341,7 +341,7 @@ def _refuse(*_: object) -> None:
 
 
 @asynccontextmanager
-async def connect_elsewhere(db: Database) -> AsyncIterator[Database]:
+async def connect_elsewhere(db: Database) -> AsyncGenerator[Database]:
     """Give a second connection to the same stores, as another process has."""
     other = Database(db.name, db._refs, data_dir=db.data_dir, cluster=None)
     yield other

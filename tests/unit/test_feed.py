@@ -62,7 +62,8 @@ changes = st.lists(
 
 
 def make_entries(drawn: list[tuple[int, str, str, Any, Any]]) -> list[Entry]:
-    revision, made = 0, []
+    revision = 0
+    made: list[Entry] = []
     for step, session, collection, before, after in drawn:
         revision += step - 1 or 1 if not made else step - 1
         made.append(

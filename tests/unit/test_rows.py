@@ -22,7 +22,7 @@ from aidb_ray.store.rows import RowCodec, codec_of
 MESSAGES = codec_of(AgentMessage, "id")
 CALLS = codec_of(ToolCall, "id")
 PLAIN: RowCodec[Any] = codec_of(None, "id")
-HELLO = {"id": "m", "role": "user", "actor_id": "u", "content": "hello"}
+HELLO: dict[str, Any] = {"id": "m", "role": "user", "actor_id": "u", "content": "hello"}
 
 
 def nested(depth: int) -> list[Any]:
