@@ -65,9 +65,10 @@ class HeldFiles(FileSystem):
         """Close what is open, as the end of a process does, and refuse everything later."""
         self._is_dead = True
         self._may_sync.set()
-        for fd in self._fds:
+        # Taken away first: what is collected meanwhile closes its file as well.
+        fds, self._fds = self._fds, set()
+        for fd in fds:
             os.close(fd)
-        self._fds.clear()
 
     def open(self, path: Path, *, write: bool = False, create: bool = False) -> int:
         self._check()
