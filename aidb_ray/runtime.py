@@ -911,9 +911,11 @@ def _join(
     joining: Future[Cluster], address: str | None, namespace: str, num_cpus: int | None
 ) -> None:
     """Answer `joining`, then stay for as long as the cluster needs this thread."""
-    import ray
-
     try:
+        if address or os.environ.get("RAY_ADDRESS"):
+            _show_token()  # Ray reads the environment when it is imported, and never again.
+        import ray
+
         with _ray_lock:
             membership = _enter(address, namespace, num_cpus)
             node_id = ray.get_runtime_context().get_node_id()
@@ -1011,6 +1013,19 @@ def _provide_token() -> None:
         return
     with os.fdopen(descriptor, "w") as file:
         file.write(token)
+
+
+def _show_token() -> None:
+    """Have Ray show this user's token to the cluster it joins; one that wants none ignores it.
+
+    `ray start` asks for a token wherever there is one, but a driver shows it only if told to.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    with contextlib.suppress(OSError, RuntimeError):
+        keys = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        if any(key in os.environ for key in keys) or (Path.home() / ".ray/auth_token").exists():
+            os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _split_address(address: str) -> tuple[str, int] | None:

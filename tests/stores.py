@@ -111,6 +111,7 @@ class Store:
 
     Attributes:
         lose_answers: How many answers to commits are lost on the way back.
+        refuses_polls: Whether readers cannot reach the store, while others can.
         deaths: How often the store gave itself up.
     """
 
@@ -137,6 +138,7 @@ class Store:
         )
         self.now = 0.0
         self.lose_answers = 0
+        self.refuses_polls = False
         self.deaths = 0
         self.files = HeldFiles()
         self.actor: StoreActor
@@ -202,7 +204,7 @@ class Store:
         **kwargs: P.kwargs,
     ) -> R:
         local, dead = self._local, self._dead
-        if local is None:
+        if local is None or (self.refuses_polls and method.__name__ == "poll"):
             raise UnavailableError("The store is down.", outcome="not_applied")
         self.calls += 1
         asking = asyncio.ensure_future(local.ask(method, *args, **kwargs))

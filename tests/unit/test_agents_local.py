@@ -41,6 +41,7 @@ from aidb_ray.contracts import GenerationStatus, ToolCallStatus, utc_now
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import ToolContext
 from aidb_ray.runtime import LocalRef
+from aidb_ray.store.changes import Change
 from aidb_ray.store.collection import Collection
 from aidb_ray.testing import CallTool, Player, Reply, ScriptedModel
 
@@ -550,26 +551,34 @@ async def test_a_cancel_reaches_a_session_whose_rows_are_still_read(
 ) -> None:
     model = Model()
     agent = await start(model)
-    client = db.partitions[0].client
-    read_session = client.read_session
-    asked, door = asyncio.Event(), asyncio.Event()
-
-    async def slow_read(*args: Any) -> Any:
-        found = await read_session(*args)
-        asked.set()
-        await door.wait()
-        return found
-
-    monkeypatch.setattr(client, "read_session", slow_read)
+    reading = HeldRead(db, monkeypatch)
     handle = agent.send("hello", session=URL)
-    await asked.wait()
+    await reading.asked.wait()
     await agent.cancel(session=URL)
     await heard_everything(db)
-    door.set()
+    reading.door.set()
 
     with pytest.raises(RunCancelledError):
         await handle.reply(timeout_ms=SOON_MS)
     assert not model.asked
+
+
+class HeldRead:
+    """Keeps back what is read of sessions until the door opens."""
+
+    def __init__(self, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = asyncio.Event()
+        self.door = asyncio.Event()
+        client = db.partitions[0].client
+        read_session = client.read_session
+
+        async def slow_read(*args: Any) -> Any:
+            found = await read_session(*args)
+            self.asked.set()
+            await self.door.wait()
+            return found
+
+        monkeypatch.setattr(client, "read_session", slow_read)
 
 
 async def heard_everything(db: Database) -> None:
@@ -926,6 +935,8 @@ async def test_losing_the_feed_loses_no_message(db: Database) -> None:
     await model.was_asked.wait()
     feed = db.partitions[0].client.feed
     feed._generation = "of another store"
+    note = {"role": "user", "actor_id": "bob", "content": "note", "processed": True}
+    await db.session(URL).messages.insert(note)
     second = agent.send("two", session=URL)
     await written(second)
     model.door.set()
@@ -933,6 +944,108 @@ async def test_losing_the_feed_loses_no_message(db: Database) -> None:
     assert (await first.reply(timeout_ms=SOON_MS)).content == "You said one."
     assert (await second.reply(timeout_ms=SOON_MS)).content == "You said two."
     assert len(model.asked) == 2
+    assert ("user", "note") in model.last
+
+
+async def test_losing_the_feed_while_rows_are_read_loses_no_message(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await start(Model())
+    reading = HeldRead(db, monkeypatch)
+    first = agent.send("one", session=URL)
+    await reading.asked.wait()
+    db.partitions[0].client.feed._generation = "of another store"
+    second = agent.send("two", session=URL)
+    await written(second)
+    async with asyncio.timeout(SOON_MS / 1000):
+        while (await agent.status())[0].pending < 2:
+            await heard_everything(db)
+    reading.door.set()
+
+    replies = [await handle.reply(timeout_ms=SOON_MS) for handle in (first, second)]
+    assert "You said two." in [reply.content for reply in replies]
+
+
+async def test_a_change_that_the_feed_brings_late_does_not_keep_the_end_from_being_written(
+    db: Database,
+) -> None:
+    model = Model()
+    agent = await start(model)
+    model.close()
+    handle = agent.send("hello", session=URL)
+    await model.was_asked.wait()
+    feed = db.partitions[0].client.feed
+    dispatch = feed._dispatch
+
+    def all_but_the_edit(changes: Sequence[Change]) -> None:
+        values = [change.value or b"" for change in changes]
+        is_edit = [b"edited" in value and b'"processed":false' in value for value in values]
+        dispatch([c for c, edit in zip(changes, is_edit, strict=True) if not edit])
+
+    feed._dispatch = all_but_the_edit
+    await db.session(URL).messages.update(handle.message_id, {"content": "edited"})
+    model.door.set()
+
+    await handle.reply(timeout_ms=SOON_MS)
+    [asked, _] = await rows_of(db, "messages")
+    assert (asked.content, asked.processed) == ("edited", True)
+    assert len(model.asked) == 1
+
+
+class HeldCommits:
+    """Lets commits reach the store but keeps back the answer to those that hold some text."""
+
+    def __init__(self, db: Database, monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+        self.held = asyncio.Event()
+        self.door = asyncio.Event()
+        client = db.partitions[0].client
+        commit = client.commit
+
+        async def answer_later(sent: asyncio.Future[int]) -> int:
+            revision = await sent
+            self.held.set()
+            await self.door.wait()
+            return revision
+
+        def held_commit(mutations: Sequence[Any], **options: Any) -> asyncio.Future[int]:
+            sent = commit(mutations, **options)
+            if any(text in getattr(mutation, "value", b"") for mutation in mutations):
+                return asyncio.ensure_future(answer_later(sent))
+            return sent
+
+        monkeypatch.setattr(client, "commit", held_commit)
+
+
+async def test_a_call_whose_answer_is_on_its_way_stays_finished_when_it_is_cancelled(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await start(Model(sum_player), tools=[add])
+    commits = HeldCommits(db, monkeypatch, b'"result":3')
+    handle = agent.send("sum", session=URL)
+    await commits.held.wait()
+    await agent.cancel(session=URL)
+    await heard_everything(db)
+    commits.door.set()
+
+    with pytest.raises(RunCancelledError):
+        await handle.reply(timeout_ms=SOON_MS)
+    assert [call.status for call in await calls(db)] == ["completed", "completed"]
+
+
+async def test_what_is_stopped_has_nothing_on_its_way(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    agent = await start(model, autostart=False)
+    model.close()
+    await written(agent.send("hello", session=URL))
+    commits = HeldCommits(db, monkeypatch, b'"status":"running"')
+    draining = asyncio.create_task(agent.drain_until_idle(max_duration_ms=50, headroom_ms=0))
+    await commits.held.wait()
+    done, _ = await asyncio.wait([draining], timeout=0.2)
+    assert not done
+    commits.door.set()
+    assert not (await draining).completed
 
 
 async def test_what_the_store_cannot_say_for_a_while_is_tried_again(
@@ -1253,10 +1366,11 @@ async def test_rows_of_one_session_are_answered_in_turn_and_of_two_at_once(
 ) -> None:
     door = asyncio.Event()
     started: list[list[str]] = []
-    two_began = asyncio.Event()
+    began, two_began = asyncio.Event(), asyncio.Event()
 
     async def generate(ctx: GenerateContext[Any]) -> str:
         started.append([row.id for row in ctx.pending])
+        began.set()
         if len(started) == 2:
             two_began.set()
         await door.wait()
@@ -1268,7 +1382,10 @@ async def test_rows_of_one_session_are_answered_in_turn_and_of_two_at_once(
 
     agent = await start_raw(db, generate, on_response=respond, session=lambda row: row.thread)
     tasks = tasks_of(db)
-    await tasks.insert([{"id": "a1", "thread": "a"}, {"id": "b1", "thread": "b"}])
+    await tasks.insert({"id": "a1", "thread": "a"})
+    await began.wait()
+    await db.partitions[0].drain()
+    await tasks.insert({"id": "b1", "thread": "b"})
     async with asyncio.timeout(10):
         await two_began.wait()
     await tasks.insert({"id": "a2", "thread": "a"})
@@ -1320,6 +1437,8 @@ async def test_same_group_in_two_sessions_is_kept_apart(db: Database) -> None:
         for row in pending:
             tasks_of(db, one if row.id == "a" else two).update(row.id, {"done": True})
 
+    await tasks_of(db, "aidb://plan/1").insert({"id": "a"})
+    await tasks_of(db, "aidb://plan/2").insert({"id": "b"})
     agent = await start_raw(
         db,
         generate,
@@ -1327,8 +1446,6 @@ async def test_same_group_in_two_sessions_is_kept_apart(db: Database) -> None:
         session=lambda row: row.thread,
         tasks=tasks_of(db, "aidb://plan/*"),
     )
-    await tasks_of(db, "aidb://plan/1").insert({"id": "a"})
-    await tasks_of(db, "aidb://plan/2").insert({"id": "b"})
     assert (await agent.drain_until_idle()).completed
     assert sorted(answered) == [("aidb://plan/1", ["a"]), ("aidb://plan/2", ["b"])]
 

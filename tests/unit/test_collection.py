@@ -317,11 +317,11 @@ async def test_a_reader_that_missed_changes_is_told(tmp_path: Path) -> None:
         await other.insert({"id": "a"})
         taking = asyncio.create_task(take(process.collection("rows"), 99))
         await until(lambda: process.site.client.feed._is_parked)
-        await store.kill()
-        store.start()
-        await store.actor.open()
+        store.refuses_polls = True
+        await store.restart()
         revision = await store.client().commit([insert("b")])
         store.actor._feed.oldest = revision
+        store.refuses_polls = False
 
         with pytest.raises(CompactedError):
             await taking

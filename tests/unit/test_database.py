@@ -57,10 +57,15 @@ async def test_leaving_waits_for_outstanding_writes(tmp_path: Path) -> None:
         rows.update("5", {"n": 1})
 
     async with connect_here(tmp_path) as db:
+        # This process does not know the row, so the store must be asked for it first.
+        db.collection("rows").update("6", {"n": 1})
+
+    async with connect_here(tmp_path) as db:
         rows = db.collection("rows")
         await rows.ready()
         assert len(rows) == 100
         assert rows.get("5") == {"id": "5", "n": 1}
+        assert rows.get("6") == {"id": "6", "n": 1}
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,9 @@ def test_a_session_that_rests_until_woken_is_no_work() -> None:
     assert queue.take(now_ms=1 << 60) is None
     assert not queue.has_work(now_ms=0)
     assert not queue.has_work("a", now_ms=0)
+    queue.put("a", "2")
+    assert not queue.has_work(now_ms=0)
+    assert not queue.has_work("a", now_ms=0)
     queue.wake("a", now_ms=0)
     assert queue.take(now_ms=0) == "a"
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,14 +114,13 @@ async def test_falling_behind_starts_anew_with_all_rows(
         await reader.ready()
         await writer.commit([insert("a"), insert("b")])
         await caught_up(client)
-        await store.kill()
-        store.start()
-        await store.actor.open()
-        behind = client.feed.cursor
+        store.refuses_polls = True
+        await store.restart()
         # As if there had been more than the feed keeps.
         revision = await writer.commit([Delete(SESSION, "rows", "a"), insert("c")])
         store.actor._feed.oldest = revision
-        assert behind < revision
+        assert client.feed.cursor < revision
+        store.refuses_polls = False
 
         await until(lambda: len(reader.begins) == 2)
 
@@ -187,22 +187,17 @@ async def test_the_rows_may_be_fewer_than_what_is_followed(tmp_path: Path) -> No
         await writer.commit([insert("a", "true"), insert("b", "false")])
         pending = Filter("rows", SESSION, where=(("v", (False,)),))
         reader = Reader(client, ROWS, snapshot=pending)
-        racing = asyncio.create_task(_write_many(writer, 20))
+        racing = [writer.commit([insert(f"k{n}", "false" if n % 2 else "true")]) for n in range(20)]
         await reader.ready()
-        begun = set(reader.rows)
-        await racing
-        # Later than the rows that came first, so told although it would not be among them.
-        await writer.commit([insert("c", "true")])
+        begun = dict(reader.rows)
+        await asyncio.gather(*racing)
+        await writer.commit([insert("late", "true")])
         await caught_up(client)
 
         assert "b" in begun
-        assert "a" not in begun
-        assert {"c", *(f"k{n}" for n in range(20))} <= set(reader.rows)
-
-
-async def _write_many(client: StoreClient, count: int) -> None:
-    for n in range(count):
-        await client.commit([insert(f"k{n}", "false")])
+        assert all(b"false" in value for value in begun.values())
+        assert "late" in reader.rows
+        assert {f"k{n}" for n in range(1, 20, 2)} <= set(reader.rows)
 
 
 async def test_rows_and_changes_fit_together_while_others_write(
@@ -237,6 +232,29 @@ async def test_rows_and_changes_fit_together_while_others_write(
         assert len(readers) > 1
         for reader in readers:
             assert reader.rows == expected
+
+
+async def test_changes_that_overtake_the_rows_are_told_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(tmp_path) as store:
+        writer, client = store.client(), store.client()
+        await writer.commit([insert("a"), insert("b")])
+        ask = store.ask
+
+        async def read_slowly(method: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            answer = await ask(method, *args)
+            if method.__name__ == "read":
+                late = await writer.commit([Delete(SESSION, "rows", "a"), insert("late")])
+                await client.feed.reached(late)
+            return answer
+
+        monkeypatch.setattr(store, "ask", read_slowly)
+        reader = Reader(client, ROWS)
+        await reader.ready()
+
+        assert sorted(reader.rows) == ["b", "late"]
+        assert [change.key for change in reader.told] == ["a", "late"]
 
 
 async def test_nothing_is_told_after_unsubscribe(tmp_path: Path) -> None:
