@@ -103,8 +103,7 @@ if TYPE_CHECKING:
     from aidb_ray.models.tools import Tool, ToolContext, tool
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.query.operators import Delta
-    from aidb_ray.store.changes import Change
-    from aidb_ray.store.collection import Collection, Transaction
+    from aidb_ray.store.collection import Change, Collection, Transaction
 
 __all__ = [
     "Agent",
@@ -289,7 +288,7 @@ _WHERE = {
     "tool": "aidb_ray.models.tools",
     "LiveQuery": "aidb_ray.query.live",
     "Delta": "aidb_ray.query.operators",
-    "Change": "aidb_ray.store.changes",
+    "Change": "aidb_ray.store.collection",
     "Collection": "aidb_ray.store.collection",
     "Transaction": "aidb_ray.store.collection",
 }

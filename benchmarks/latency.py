@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aidb_ray import AgentMessage, Collection
-from aidb_ray.store.collection import RowChange, Subscribed
+from aidb_ray.store.collection import Change, Subscribed
 from benchmarks.harness import Figure, Logged, Rig, counting_log, percentile, sync_figures
 
 
@@ -90,7 +90,7 @@ class Subscriber:
         if self._subscribed is not None:
             self._subscribed.close()
 
-    def _hear(self, changes: Sequence[RowChange[AgentMessage]]) -> None:
+    def _hear(self, changes: Sequence[Change[AgentMessage]]) -> None:
         now = time.monotonic_ns()
         for change in changes:
             self._arrivals.setdefault(change.key, now)

@@ -84,7 +84,7 @@ class Sites(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RowChange(Generic[R]):
+class Change(Generic[R]):
     """One row before and after a commit. See `Collection.changes`.
 
     Attributes:
@@ -342,7 +342,7 @@ class Collection(Generic[R]):
         found = await site.client.find(session, self.name, key)
         return None if found is None else self._codec.decode(found.value)
 
-    async def changes(self, since: int | None = None) -> AsyncIterator[RowChange[R]]:
+    async def changes(self, since: int | None = None) -> AsyncIterator[Change[R]]:
         """Yield every change from now on, or after revision `since`, once and in order.
 
         Raises:
@@ -362,7 +362,7 @@ class Collection(Generic[R]):
         told = tail_changes(site.client, self.filter(), since, MAX_UNREAD_CHANGES)
         try:
             async for op, change, before, is_last in told:
-                yield RowChange(
+                yield Change(
                     op,
                     change.key,
                     None if before is None else self._codec.decode(before),
@@ -375,7 +375,7 @@ class Collection(Generic[R]):
 
     def subscribe(
         self,
-        callback: Callable[[list[RowChange[R]]], object],
+        callback: Callable[[list[Change[R]]], object],
         *,
         where: Callable[[Ref], Expression] | None = None,
         include_initial_state: bool = False,
@@ -586,7 +586,7 @@ class _Listener(Generic[R]):
         self,
         codec: RowCodec[R],
         test: Callable[[dict[str, Any]], object] | None,
-        callback: Callable[[list[RowChange[R]]], object],
+        callback: Callable[[list[Change[R]]], object],
         *,
         is_silent: bool,
     ) -> None:
@@ -599,7 +599,7 @@ class _Listener(Generic[R]):
     def hear(self, events: Sequence[RowEvent]) -> None:
         """Tell the callback what changed; the first events are the rows that are there."""
         is_silent, self._is_silent = self._is_silent, False
-        told: list[RowChange[R]] = []
+        told: list[Change[R]] = []
         for event in events:
             change = self._advance(event, is_silent=is_silent)
             if change is not None:
@@ -607,7 +607,7 @@ class _Listener(Generic[R]):
         if told:
             self._callback(told)
 
-    def _advance(self, event: RowEvent, *, is_silent: bool) -> RowChange[R] | None:
+    def _advance(self, event: RowEvent, *, is_silent: bool) -> Change[R] | None:
         place = (event.session, event.key)
         row = event.row
         if row is not None and self._test is not None:
@@ -619,7 +619,7 @@ class _Listener(Generic[R]):
             return None
         if row is not None and before is not None and row.value == before.value:
             return None
-        return RowChange(
+        return Change(
             "insert" if before is None else "delete" if row is None else "update",
             event.key,
             None if before is None else self._codec.decode(before.value),

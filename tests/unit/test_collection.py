@@ -21,7 +21,7 @@ from aidb_ray.errors import (
 from aidb_ray.expressions import eq
 from aidb_ray.store import collection as collection_module
 from aidb_ray.store.changes import Filter
-from aidb_ray.store.collection import Collection, RowChange
+from aidb_ray.store.collection import Change, Collection
 from tests.stores import Process, insert, open_store, until
 
 
@@ -76,7 +76,7 @@ async def test_a_row_deleted_elsewhere_does_not_come_back(tmp_path: Path) -> Non
         await other.collection("rows").update("b", {"open": False})
 
         await rows.ready()
-        heard: list[RowChange[Any]] = []
+        heard: list[Change[Any]] = []
         subscribed = process.collection("rows").subscribe(
             heard.extend, where=lambda r: eq(r.open, True), include_initial_state=True
         )
@@ -137,7 +137,7 @@ class Heard:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
 
-    def __call__(self, changes: list[RowChange[Any]]) -> None:
+    def __call__(self, changes: list[Change[Any]]) -> None:
         self.calls.append([f"{change.op} {change.key}" for change in changes])
 
     @property
@@ -198,7 +198,7 @@ async def test_a_callback_that_fails_does_not_keep_anyone_from_writing(
         process = Process(store)
         rows = process.collection("rows")
 
-        def fail(changes: list[RowChange[Any]]) -> None:
+        def fail(changes: list[Change[Any]]) -> None:
             raise RuntimeError("a mistake")
 
         await rows.subscribe(fail).ready()
@@ -211,8 +211,8 @@ async def test_a_callback_that_fails_does_not_keep_anyone_from_writing(
 # Changes that can be resumed.
 
 
-async def take(rows: Collection[Any], count: int, since: int | None = None) -> list[RowChange[Any]]:
-    found: list[RowChange[Any]] = []
+async def take(rows: Collection[Any], count: int, since: int | None = None) -> list[Change[Any]]:
+    found: list[Change[Any]] = []
     async with asyncio.timeout(10):
         async for change in rows.changes(since):
             found.append(change)
