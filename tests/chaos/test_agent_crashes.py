@@ -102,6 +102,7 @@ class Disk:
             dying.cancel()
             return living.result()
         # Nothing can be written any more, so what these tasks still do leaves no trace.
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         for _ in range(10):
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
