@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
@@ -102,7 +102,7 @@ class Disk:
             dying.cancel()
             return living.result()
         # Nothing can be written any more, so what these tasks still do leaves no trace.
-        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        asyncio.get_running_loop().set_exception_handler(_ignore)
         for _ in range(10):
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
@@ -110,6 +110,10 @@ class Disk:
             if others:
                 await asyncio.wait(others, timeout=1)
         return None
+
+
+def _ignore(_loop: asyncio.AbstractEventLoop, _context: dict[str, Any]) -> None:
+    """Nobody asks what became of the writes of the dead."""
 
 
 @dataclass
@@ -191,7 +195,7 @@ def converse(path: Path, outside: Outside, policy: Policy) -> Callable[[], Await
                     on_in_doubt=policy,
                 )
             )
-            await agent.send("sum", session=URL, message_id="m").reply()
+            await agent.send("sum", session=URL, message_id="m").reply(timeout_ms=60_000)
             after = await read(db)
             check_life(before, after, outside, policy)
             outside.rounds[:0], outside.calls[:0] = seen
