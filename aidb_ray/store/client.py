@@ -63,6 +63,8 @@ GIVE_UP_MS = 120_000
 MAX_READS = 256
 _SESSIONS_A_PAGE = 10_000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+_SMALL_BATCH = 512
+"""More are sent in halves: whoever waits for one half works while the other is on its way."""
 # Asking again cannot help. A store that restarts says something else than one that has ended.
 _FINAL = frozenset({"store_ended", "actor_ended", "unknown_client", "batch_gap"})
 
@@ -109,6 +111,10 @@ class StoreClient:
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
         self._is_closed = False
+        # Commits settle in the order in which they were made.
+        self._made = 0
+        self._settled = 0
+        self._draining: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._pumping: asyncio.Task[None] | None = None
         self._reads: deque[_SessionRead] = deque()
         self._reading: asyncio.Task[None] | None = None
@@ -167,13 +173,16 @@ class StoreClient:
             )
         self._queue.append(_Waiting(Commit(tuple(mutations), runner), chunks, size, on_settled))
         self._queued_bytes += size
+        self._made += 1
         if self._pumping is None:
             self._pumping = asyncio.get_running_loop().create_task(self._pump())
 
     async def drain(self) -> None:
-        """Wait until every commit made so far has its outcome."""
-        while self._pumping is not None:
-            await asyncio.wait([self._pumping])
+        """Wait until every commit made so far has its outcome; those made meanwhile may not."""
+        if self._settled < self._made:
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._draining.append((self._made, told))
+            await told
 
     async def aclose(self) -> None:
         """Refuse further commits, wait for outstanding ones, then close the feed."""
@@ -317,35 +326,39 @@ class StoreClient:
         try:
             # Whoever runs in this turn of the loop may still join the batch.
             await asyncio.sleep(0)
+            loop = asyncio.get_running_loop()
+            answered = 0
             while self._queue:
-                taken = self._take()
+                taken = self._take(answered)
                 try:
                     answer = await self._deliver(taken)
                 except AidbError as error:
-                    settled, taken = taken, []
-                    _fail(settled, error)
+                    loop.call_soon(self._fail, taken, error)
                 else:
-                    settled, taken = taken, []
-                    self._next_seq += len(settled)
-                    _settle(settled, answer)
+                    self._next_seq += len(taken)
+                    # The next batch goes first: those told here run while it is on its way.
+                    loop.call_soon(self._settle, taken, answer)
+                answered, taken = len(taken), []
         except BaseException:
             # The loop closes, or this has a bug. What is on its way may arrive; what waits here
             # will not.
             self._superseded, self._client_id = self._superseded or self._client_id, 0
-            _fail(taken, _unknown("the event loop closed before the answer came."))
+            self._fail(taken, _unknown("the event loop closed before the answer came."))
             waiting = list(self._queue)
             self._queue.clear()
             self._queued_bytes = 0
-            _fail(waiting, _unsent())
+            self._fail(waiting, _unsent())
             raise
         finally:
             self._pumping = None
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self, answered: int) -> list[_Waiting]:
+        """Take what goes together. Who made those just `answered` may make as many again soon."""
         queue = self._queue
+        most = min(max(_SMALL_BATCH, (answered + len(queue)) // 2), MAX_BATCH_COMMITS)
         taken: list[_Waiting] = []
         size = 0
-        while queue and len(taken) < MAX_BATCH_COMMITS:
+        while queue and len(taken) < most:
             if taken and size + queue[0].size > MAX_BATCH_BYTES:
                 break
             waiting = queue.popleft()
@@ -353,6 +366,30 @@ class StoreClient:
             taken.append(waiting)
         self._queued_bytes -= size
         return taken
+
+    def _settle(self, taken: list[_Waiting], answer: Committed) -> None:
+        revision = answer.first_revision
+        refused = dict(answer.refused)
+        for index, waiting in enumerate(taken):
+            refusal = refused.get(index) if refused else None
+            if refusal is None:
+                _tell(waiting, revision, None)
+                revision += 1
+            else:
+                _tell(waiting, 0, refusal.to_error())
+        self._count_settled(len(taken))
+
+    def _fail(self, taken: list[_Waiting], error: AidbError) -> None:
+        for waiting in taken:
+            _tell(waiting, 0, error)
+        self._count_settled(len(taken))
+
+    def _count_settled(self, count: int) -> None:
+        self._settled += count
+        while self._draining and self._draining[0][0] <= self._settled:
+            _, told = self._draining.popleft()
+            if not told.done():
+                told.set_result(None)
 
     async def _deliver(self, taken: list[_Waiting]) -> Committed:
         deadline = time.monotonic() + self._give_up_ms / 1000
@@ -442,23 +479,6 @@ def _size(mutations: Sequence[Mutation], chunks: ChunkColumns) -> int:
         if kind is Insert or kind is Update:
             size += len(cast("Insert | Update", mutation).value)
     return size
-
-
-def _settle(taken: list[_Waiting], answer: Committed) -> None:
-    revision = answer.first_revision
-    refused = dict(answer.refused)
-    for index, waiting in enumerate(taken):
-        refusal = refused.get(index) if refused else None
-        if refusal is None:
-            _tell(waiting, revision, None)
-            revision += 1
-        else:
-            _tell(waiting, 0, refusal.to_error())
-
-
-def _fail(taken: list[_Waiting], error: AidbError) -> None:
-    for waiting in taken:
-        _tell(waiting, 0, error)
 
 
 def _tell(waiting: _Waiting, revision: int, error: AidbError | None) -> None:

@@ -33,10 +33,10 @@ from aidb_ray.expressions import (
     equalities,
     predicate,
 )
-from aidb_ray.store.changes import CHUNKS, Filter, StoredRow
+from aidb_ray.store.changes import CHUNKS, Filter, Insert, StoredRow
 from aidb_ray.store.local import LocalWrites, RowEvent, View
 from aidb_ray.store.rows import RowCodec, codec_of
-from aidb_ray.store.transaction import Intent, NewRow, Patch, Transaction
+from aidb_ray.store.transaction import Intent, Patch, Transaction
 
 if TYPE_CHECKING:
     from aidb_ray.store.client import StoreClient
@@ -187,44 +187,40 @@ class Collection(Generic[R]):
         """
         session, site = self._writable()
         group = self._group(session)
-        earlier: list[Transaction] = []
-        if isinstance(rows, list | tuple):
-            many = cast("Sequence[R | Mapping[str, Any]]", rows)
-            if not many:
-                raise ContractError("There is no row to insert.", collection=self.name)
-            intents = [self._new_row(session, site, row, group, earlier) for row in many]
-            keys = [intent.key for intent in intents]
+        many = cast("Sequence[R | Mapping[str, Any]]", rows if _is_many(rows) else (rows,))
+        if not many:
+            raise ContractError("There is no row to insert.", collection=self.name)
+        inserts = tuple([self._new_row(session, site, row, group) for row in many])
+        if len(inserts) > 1:
+            keys = [insert.key for insert in inserts]
             if len(set(keys)) < len(keys):
                 raise self._exists(next(key for key in keys if keys.count(key) > 1))
-        else:
-            one = cast("R | Mapping[str, Any]", rows)
-            intents = [self._new_row(session, site, one, group, earlier)]
-        transaction = Transaction(session, intents, site.client, site.writes)
+        transaction = Transaction(session, inserts, site.client, site.writes)
         if group is not None:
-            self._join(group, transaction, intents, [intent.value for intent in intents])
-        elif earlier or site.writes.unsent:
-            self._run(site, transaction, [intent.value for intent in intents], earlier)
+            self._join(group, transaction, inserts, [insert.value for insert in inserts])
+            return transaction
+        earlier = [
+            owner
+            for insert in inserts
+            if isinstance(owner := self._owner(session, site, insert.key), Transaction)
+        ]
+        if earlier or site.writes.unsent:
+            self._run(site, transaction, [insert.value for insert in inserts], earlier)
         else:
-            transaction.send_inserts()
+            transaction.send_inserts(inserts)
         return transaction
 
     def _new_row(
-        self,
-        session: str,
-        site: Site,
-        row: R | Mapping[str, Any],
-        group: Group | None,
-        earlier: list[Transaction],
-    ) -> NewRow:
-        """Return what inserts a row; adds to `earlier` the write that must be durable before."""
-        name = self.name
-        key, value = self._codec.encode(name, row)
+        self, session: str, site: Site, row: R | Mapping[str, Any], group: Group | None
+    ) -> Insert:
+        key, value = self._codec.encode(self.name, row)
         if self._shown(session, site, key, group) is not None:
             raise self._exists(key)
-        owner = site.writes.latest_owner(session, name, key)
-        if isinstance(owner, Transaction):
-            earlier.append(owner)
-        return NewRow(name, key, value)
+        return Insert(session, self.name, key, value)
+
+    def _owner(self, session: str, site: Site, key: str) -> object | None:
+        """Return the outstanding transaction that must be durable before a write of this row."""
+        return site.writes.latest_owner((session, self.name, key))
 
     def _exists(self, key: str) -> KeyExistsError:
         return KeyExistsError(
@@ -309,8 +305,8 @@ class Collection(Generic[R]):
             row = self._shown(session, site, key, group)
         elif self._is_ready():
             row, _ = self._views[0].look(session, key)
-        elif site.writes.knows(session, self.name, key):
-            row, _ = site.writes.look(session, self.name, key, None)
+        elif site.writes.knows((session, self.name, key)):
+            row, _ = site.writes.look((session, self.name, key), None)
         else:
             self._copy()
             raise self._not_ready()
@@ -333,7 +329,7 @@ class Collection(Generic[R]):
     def is_synced(self, key: str) -> bool:
         """Whether no write of this process to the row is outstanding."""
         session, site = self._readable()
-        return not site.writes.is_outstanding(session, self.name, key)
+        return not site.writes.is_outstanding((session, self.name, key))
 
     async def find(self, key: str) -> R | None:
         """Ask the store for one row; copies nothing."""
@@ -485,12 +481,12 @@ class Collection(Generic[R]):
             return None if value is None else StoredRow(0, value)
         if self._views and self._is_ready():
             return self._views[0].look(session, key)[0]
-        return site.writes.look(session, self.name, key, None)[0]
+        return site.writes.look((session, self.name, key), None)[0]
 
     def _must_be_possible(self, session: str, site: Site, key: str, group: Group | None) -> None:
         """Raise if this process knows that the row, which does not show, is not there."""
         is_in_group = group is not None and (self.name, key) in group.shown
-        if is_in_group or self._is_ready() or site.writes.knows(session, self.name, key):
+        if is_in_group or self._is_ready() or site.writes.knows((session, self.name, key)):
             raise KeyMissingError(
                 f"{self.name}[{key!r}] does not exist. Insert it first.",
                 collection=self.name,
@@ -526,7 +522,7 @@ class Collection(Generic[R]):
         if group is not None:
             self._join(group, transaction, [intent], [value])
             return transaction
-        owner = site.writes.latest_owner(session, self.name, intent.key)
+        owner = self._owner(session, site, intent.key)
         earlier = [owner] if isinstance(owner, Transaction) else []
         self._run(site, transaction, [value], earlier)
         return transaction
@@ -576,7 +572,7 @@ class Collection(Generic[R]):
         if self._is_ready():
             return self._views[0].durable(session, intent.key)
         site = self._sites.site_of(session)
-        return site.writes.durable(session, intent.collection, intent.key, None)
+        return site.writes.durable((session, intent.collection, intent.key), None)
 
 
 class _Listener(Generic[R]):
@@ -657,6 +653,10 @@ class Draft:
         fields: dict[str, Any] = object.__getattribute__(self, "_fields")
         before: Mapping[str, Any] = object.__getattribute__(self, "_before")
         return {n: v for n, v in fields.items() if n not in before or before[n] != v}
+
+
+def _is_many(rows: object) -> bool:
+    return isinstance(rows, (list, tuple))
 
 
 def _ignore(events: Sequence[RowEvent]) -> None:

@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
+import msgspec
+
 from aidb_ray.store.changes import Change, Filter, FoundRow, StoredRow, bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.matching import make_row_test
@@ -40,37 +42,17 @@ class RowEvent(NamedTuple):
     is_synced: bool
 
 
-class Write:
-    """One outstanding write of one row; `value` is None for a delete, `owner` its transaction."""
+class Write(msgspec.Struct, gc=False, eq=False):
+    """One outstanding write of one row; `value` is None for a delete, `owner` its transaction.
 
-    __slots__ = ("below", "owner", "value")
+    `below` is the write that this one was made on, while both are outstanding. What a write
+    refers to refers back only until it is settled, and all are: the collector need not look.
+    """
 
-    def __init__(self, value: bytes | None, owner: object, below: Write | None) -> None:
-        self.value = value
-        self.owner = owner
-        # The write that this one was made on, while both are outstanding.
-        self.below = below
-
-
-class _Own:
-    """This process's writes of one row: the newest outstanding one, and the newest durable."""
-
-    __slots__ = ("durable", "newest")
-
-    def __init__(self) -> None:
-        self.newest: Write | None = None
-        self.durable: tuple[int, bytes | None] | None = None
-
-    def remove(self, write: Write) -> None:
-        """Take a write out of those that are outstanding."""
-        if self.newest is write:
-            self.newest = write.below
-            return
-        above = self.newest
-        while above is not None and above.below is not write:
-            above = above.below
-        assert above is not None, "a write is settled once"
-        above.below = write.below
+    where: Where
+    value: bytes | None
+    owner: object
+    below: Write | None
 
 
 OnEvents: TypeAlias = Callable[[Sequence[RowEvent]], None]
@@ -86,87 +68,75 @@ class LocalWrites:
 
     def __init__(self) -> None:
         self.unsent = 0
-        self._rows: dict[Where, _Own] = {}
-        self._durable: OrderedDict[Where, None] = OrderedDict()
+        self._newest: dict[Where, Write] = {}
+        self._durable: OrderedDict[Where, tuple[int, bytes | None]] = OrderedDict()
         self._durable_bytes = 0
         self._views: dict[tuple[str, str | None], dict[View, None]] = {}
 
-    def add(
-        self, session: str, collection: str, key: str, value: bytes | None, owner: object
-    ) -> Write:
+    def add(self, where: Where, value: bytes | None, owner: object) -> Write:
         """Show a write that is on its way."""
-        where = (session, collection, key)
-        own = self._rows.get(where)
-        if own is None:
-            own = self._rows[where] = _Own()
-        write = own.newest = Write(value, owner, own.newest)
+        write = Write(where, value, owner, self._newest.get(where))
+        self._newest[where] = write
         if self._views:
             self._tell(where)
         return write
 
-    def succeed(self, session: str, collection: str, key: str, write: Write, revision: int) -> None:
+    def succeed(self, write: Write, revision: int) -> None:
         """Count a write as durable since `revision`."""
-        where = (session, collection, key)
-        own = self._rows[where]
-        own.remove(write)
-        self._keep(where, own, revision, write.value)
+        self._remove(write)
+        self._keep(write.where, revision, write.value)
         if self._views:
-            self._tell(where)
+            self._tell(write.where)
 
-    def fail(self, session: str, collection: str, key: str, write: Write) -> None:
+    def fail(self, write: Write) -> None:
         """Take back a write that was refused."""
-        where = (session, collection, key)
-        own = self._rows[where]
-        own.remove(write)
-        if own.newest is None and own.durable is None:
-            del self._rows[where]
-        self._tell(where)
+        self._remove(write)
+        self._tell(write.where)
 
     def hear(self, change: Change) -> None:
         """Take in what the feed says of a row that was written here lately."""
         where = (change.session, change.collection, change.key)
-        own = self._rows.get(where)
-        if own is not None and own.durable is not None:
-            self._keep(where, own, change.revision, change.value)
+        if where in self._durable:
+            self._keep(where, change.revision, change.value)
 
-    def latest_owner(self, session: str, collection: str, key: str) -> object | None:
+    def latest_owner(self, where: Where) -> object | None:
         """Return the transaction of the newest outstanding write of a row, if there is one."""
-        own = self._rows.get((session, collection, key))
-        return own.newest.owner if own is not None and own.newest is not None else None
+        write = self._newest.get(where)
+        return None if write is None else write.owner
 
-    def is_outstanding(self, session: str, collection: str, key: str) -> bool:
+    def is_outstanding(self, where: Where) -> bool:
         """Whether a write of this row is still on its way."""
-        own = self._rows.get((session, collection, key))
-        return own is not None and own.newest is not None
+        return where in self._newest
 
     def look(
-        self, session: str, collection: str, key: str, synced: StoredRow | None, told: int = 0
+        self, where: Where, synced: StoredRow | None, told: int = 0
     ) -> tuple[StoredRow | None, bool]:
         """Return the row that shows, and whether it is synced.
 
         `synced` is the row as the feed has it at revision `told`: it knows better than durable
         writes up to there.
         """
-        own = self._rows.get((session, collection, key))
-        if own is None:
-            return synced, True
-        base = _newer(own, synced, told)
-        if own.newest is not None:
-            value = own.newest.value
-            revision = base.revision if base is not None else 0
-            return (None if value is None else StoredRow(revision, value)), False
-        return base, True
+        base = self.durable(where, synced, told)
+        write = self._newest.get(where)
+        if write is None:
+            return base, True
+        if write.value is None:
+            return None, False
+        return StoredRow(0 if base is None else base.revision, write.value), False
 
-    def durable(
-        self, session: str, collection: str, key: str, synced: StoredRow | None, told: int = 0
-    ) -> StoredRow | None:
+    def durable(self, where: Where, synced: StoredRow | None, told: int = 0) -> StoredRow | None:
         """Return the newest durable row that this process knows of. See `look`."""
-        own = self._rows.get((session, collection, key))
-        return synced if own is None else _newer(own, synced, told)
+        own = self._durable.get(where)
+        if own is None:
+            return synced
+        revision, value = own
+        if revision <= told or (synced is not None and synced.revision >= revision):
+            return synced
+        return None if value is None else StoredRow(revision, value)
 
-    def knows(self, session: str, collection: str, key: str) -> bool:
+    def knows(self, where: Where) -> bool:
         """Whether this process wrote the row lately, so that it can be read unsynced."""
-        return (session, collection, key) in self._rows
+        return where in self._newest or where in self._durable
 
     def attach(self, view: View) -> None:
         """Tell a view of own writes to its collection from now on."""
@@ -183,14 +153,12 @@ class LocalWrites:
 
     def places(self, wanted: Filter) -> list[Place]:
         """Return (session, key) of own writes in the sessions that a filter covers."""
-        if wanted.buckets is None:
-            return [
-                (s, k) for s, c, k in self._rows if c == wanted.collection and wanted.covers(s, 0)
-            ]
+        is_split = wanted.buckets is not None
         return [
-            (s, k)
-            for s, c, k in self._rows
-            if c == wanted.collection and wanted.covers(s, bucket_of(s))
+            (session, key)
+            for session, collection, key in dict.fromkeys([*self._durable, *self._newest])
+            if collection == wanted.collection
+            and wanted.covers(session, bucket_of(session) if is_split else 0)
         ]
 
     def show(self, wanted: Filter, rows: Sequence[FoundRow], revision: int) -> list[RowEvent]:
@@ -199,30 +167,37 @@ class LocalWrites:
         return [
             RowEvent(
                 *place,
-                *self.look(place[0], wanted.collection, place[1], synced.get(place), revision),
+                *self.look((place[0], wanted.collection, place[1]), synced.get(place), revision),
             )
             for place in dict.fromkeys([*synced, *self.places(wanted)])
         ]
 
-    def _keep(self, where: Where, own: _Own, revision: int, value: bytes | None) -> None:
-        if own.durable is not None:
-            if own.durable[0] >= revision:
-                return
-            self._durable_bytes -= len(own.durable[1] or b"")
-        own.durable = (revision, value)
-        self._durable_bytes += len(value or b"")
-        self._durable[where] = None
-        self._durable.move_to_end(where)
-        while len(self._durable) > MAX_OWN_ROWS or self._durable_bytes > MAX_OWN_BYTES:
-            self._forget(self._durable.popitem(last=False)[0])
+    def _remove(self, write: Write) -> None:
+        """Take a write out of those that are outstanding."""
+        above = self._newest[write.where]
+        if above is not write:
+            while above.below is not write:
+                assert above.below is not None, "a write is settled once"
+                above = above.below
+            above.below = write.below
+        elif write.below is not None:
+            self._newest[write.where] = write.below
+        else:
+            del self._newest[write.where]
 
-    def _forget(self, where: Where) -> None:
-        own = self._rows[where]
-        assert own.durable is not None
-        self._durable_bytes -= len(own.durable[1] or b"")
-        own.durable = None
-        if own.newest is None:
-            del self._rows[where]
+    def _keep(self, where: Where, revision: int, value: bytes | None) -> None:
+        durable = self._durable
+        known = durable.get(where)
+        if known is not None:
+            if known[0] >= revision:
+                return
+            self._durable_bytes -= len(known[1] or b"")
+            durable.move_to_end(where)
+        durable[where] = (revision, value)
+        self._durable_bytes += len(value or b"")
+        while len(durable) > MAX_OWN_ROWS or self._durable_bytes > MAX_OWN_BYTES:
+            _, (_, forgotten) = durable.popitem(last=False)
+            self._durable_bytes -= len(forgotten or b"")
 
     def _tell(self, where: Where) -> None:
         session, collection, key = where
@@ -230,15 +205,6 @@ class LocalWrites:
             for view in tuple(self._views.get(place, ())):
                 if view.covers(session):
                     view.own_write(session, key)
-
-
-def _newer(own: _Own, synced: StoredRow | None, told: int) -> StoredRow | None:
-    if own.durable is None:
-        return synced
-    revision, value = own.durable
-    if revision <= told or (synced is not None and synced.revision >= revision):
-        return synced
-    return None if value is None else StoredRow(revision, value)
 
 
 class View:
@@ -303,12 +269,12 @@ class View:
         synced = self.synced.get((session, key))
         if not self._shows_writes:
             return synced, True
-        return self._writes.look(session, self.filter.collection, key, synced, self.told)
+        return self._writes.look((session, self.filter.collection, key), synced, self.told)
 
     def durable(self, session: str, key: str) -> StoredRow | None:
         """Return the newest durable row that this process knows of."""
         synced = self.synced.get((session, key))
-        return self._writes.durable(session, self.filter.collection, key, synced, self.told)
+        return self._writes.durable((session, self.filter.collection, key), synced, self.told)
 
     def rows(self) -> list[tuple[Place, StoredRow]]:
         """Return the rows that show, in order of (session, key)."""

@@ -35,7 +35,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from aidb_ray.contracts import MAX_KEY_LENGTH
+from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH
 from aidb_ray.errors import ConfigError, ContractError
 from aidb_ray.expressions import Field, Fields
 from aidb_ray.store.changes import MAX_ROW_BYTES
@@ -73,6 +73,7 @@ class RowCodec(Generic[T]):
         self.fields: Fields | None = None
         self._untyped: tuple[str, ...] = ()
         self._has_numbers = False
+        self._is_default = row_type in DEFAULT_ROW_TYPES.values()
         if row_type is not None:
             try:
                 adapter: TypeAdapter[T] = TypeAdapter(row_type)
@@ -113,7 +114,11 @@ class RowCodec(Generic[T]):
             for name in self._untyped:
                 self._check_json(collection, _get(model, name), name)
             key = self._checked_key(collection, _get(model, self.key_field))
-            value = self._serialize(model, by_alias=True, warnings="error")
+            if self._is_default and isinstance(row, dict):
+                # Just checked, by no one's code but ours.
+                value = self._serialize(model, by_alias=True)
+            else:
+                value = self._serialize(model, by_alias=True, warnings="error")
         except ValidationError as error:
             raise self._contract_error(error, collection) from None
         except (ValueError, TypeError) as error:
@@ -381,8 +386,8 @@ def _has_numbers(hint: object, seen: frozenset[object] = frozenset()) -> bool:
 
 
 def _get(model: object, name: str) -> Any:
-    if isinstance(model, Mapping):
-        return cast("Mapping[str, Any]", model).get(name)
+    if isinstance(model, dict):
+        return cast("dict[str, Any]", model).get(name)
     return getattr(model, name)
 
 

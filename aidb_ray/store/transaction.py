@@ -28,14 +28,6 @@ MAX_REMAKES = 5
 Condition: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
 
-class NewRow(msgspec.Struct, frozen=True, gc=False):
-    """Insert these bytes."""
-
-    collection: str
-    key: str
-    value: bytes
-
-
 @dataclass(frozen=True, slots=True)
 class Patch:
     """Change these fields of the row as it is; `fields` None deletes it.
@@ -54,7 +46,7 @@ class Patch:
     when: Condition | None = None
 
 
-Intent: TypeAlias = NewRow | Patch
+Intent: TypeAlias = Insert | Patch
 Known: TypeAlias = Callable[[Patch], StoredRow | None]
 """Gives the newest durable row that this process knows of, if it does."""
 
@@ -85,8 +77,9 @@ class Transaction:
         "_client",
         "_error",
         "_intents",
+        "_others",
         "_shown",
-        "_waiters",
+        "_waiter",
         "_was_told",
         "_writes",
         "is_done",
@@ -111,9 +104,10 @@ class Transaction:
         self._intents = intents
         self._client = client
         self._writes = writes
-        # One for each intent that shows; a None where one does not.
-        self._shown: list[Write | None] = []
-        self._waiters: list[asyncio.Future[None]] | None = None
+        self._shown: Sequence[Write] = ()
+        # Most are awaited once.
+        self._waiter: asyncio.Future[None] | None = None
+        self._others: Sequence[asyncio.Future[None]] = ()
         self._error: Exception | None = None
         self._was_told = False
 
@@ -132,7 +126,8 @@ class Transaction:
             yield from self._wait()
         self._was_told = True
         if self._error is not None:
-            raise self._error
+            # One error may have ended many writes: a trace of this one only.
+            raise self._error.with_traceback(None)
         return self
 
     @property
@@ -147,23 +142,20 @@ class Transaction:
 
     def _wait(self) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._waiters is None:
-            self._waiters = []
-        self._waiters.append(waiter)
+        if self._waiter is None:
+            self._waiter = waiter
+        else:
+            self._others = [*self._others, waiter]
         return waiter
 
-    def send_inserts(self) -> None:
-        """Send a transaction that only inserts: no row need be looked at first."""
-        session = self.session
-        mutations: list[Mutation] = []
-        values: list[bytes | None] = []
-        for intent in self._intents:
-            assert isinstance(intent, NewRow)
-            mutations.append(Insert(session, intent.collection, intent.key, intent.value))
-            values.append(intent.value)
+    def send_inserts(self, inserts: Sequence[Insert]) -> None:
+        """Send a transaction that is these inserts only: no row need be looked at first."""
         # First, since it may refuse: then nothing has been shown.
-        self._client.send(mutations, self.settle)
-        self.show(values)
+        self._client.send(inserts, self.settle)
+        session, add = self.session, self._writes.add
+        self._shown = [
+            add((session, insert.collection, insert.key), insert.value, self) for insert in inserts
+        ]
 
     async def run(self, known: Known, earlier: Sequence[Transaction] = ()) -> None:
         """Make and send mutations until the store accepts them or refuses for good.
@@ -211,8 +203,9 @@ class Transaction:
         """Show the rows in this process as they will be; `...` for one that is not known here."""
         session, add = self.session, self._writes.add
         self._shown = [
-            None if value is ... else add(session, intent.collection, intent.key, value, self)
+            add((session, intent.collection, intent.key), value, self)
             for intent, value in zip(self._intents, values, strict=True)
+            if value is not ...
         ]
 
     def settle(self, revision: int, error: Exception | None) -> None:
@@ -220,20 +213,18 @@ class Transaction:
         self.is_done = True
         self.revision = revision
         self._error = error
-        writes, session = self._writes, self.session
-        for intent, write in zip(self._intents, self._shown, strict=False):
-            if write is None:
-                continue
+        writes = self._writes
+        for write in self._shown:
             if error is None:
-                writes.succeed(session, intent.collection, intent.key, write, revision)
+                writes.succeed(write, revision)
             else:
-                writes.fail(session, intent.collection, intent.key, write)
-        self._shown = []
-        if self._waiters is not None:
-            for waiter in self._waiters:
+                writes.fail(write)
+        self._shown = ()
+        if self._waiter is not None:
+            for waiter in (self._waiter, *self._others):
                 if not waiter.done():
                     waiter.set_result(None)
-            self._waiters = None
+            self._waiter, self._others = None, ()
         if error is not None:
             # Whoever awaits it hears of it in this turn of the loop.
             asyncio.get_running_loop().call_soon(self._log_unless_told)
@@ -268,8 +259,8 @@ async def make_mutations(
     mutations: list[Mutation] = []
     for intent in intents:
         where = (intent.collection, intent.key)
-        if isinstance(intent, NewRow):
-            mutations.append(Insert(session, *where, intent.value))
+        if isinstance(intent, Insert):
+            mutations.append(intent)
             ends[where] = StoredRow(0, intent.value)
             continue
         row = ends[where] if where in ends else known(intent) if known else None
@@ -303,7 +294,7 @@ def _make(session: str, intent: Patch, row: StoredRow) -> Update | Delete:
 
 def _op(intent: Intent) -> str:
     match intent:
-        case NewRow():
+        case Insert():
             return "insert"
         case Patch(fields=None):
             return "delete"

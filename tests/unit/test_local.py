@@ -11,40 +11,40 @@ OWNER = object()
 
 
 def look(writes: LocalWrites, synced: StoredRow | None = None, told: int = 0) -> bytes | None:
-    row, _ = writes.look(*WHERE, synced, told)
+    row, _ = writes.look(WHERE, synced, told)
     return None if row is None else row.value
 
 
 def is_synced(writes: LocalWrites) -> bool:
-    return writes.look(*WHERE, None)[1]
+    return writes.look(WHERE, None)[1]
 
 
 def test_the_newest_outstanding_write_shows_and_is_not_synced() -> None:
     writes = LocalWrites()
-    first = writes.add(*WHERE, b"1", OWNER)
-    writes.add(*WHERE, b"2", OWNER)
+    first = writes.add(WHERE, b"1", OWNER)
+    writes.add(WHERE, b"2", OWNER)
 
     assert look(writes, StoredRow(9, b"synced")) == b"2"
     assert not is_synced(writes)
-    writes.succeed(*WHERE, first, 10)
+    writes.succeed(first, 10)
     assert look(writes) == b"2"
     assert not is_synced(writes)
 
 
 def test_a_refused_write_uncovers_what_was_there() -> None:
     writes = LocalWrites()
-    write = writes.add(*WHERE, b"1", OWNER)
+    write = writes.add(WHERE, b"1", OWNER)
 
-    writes.fail(*WHERE, write)
+    writes.fail(write)
 
     assert look(writes, StoredRow(9, b"synced")) == b"synced"
     assert is_synced(writes)
-    assert not writes.knows(*WHERE)
+    assert not writes.knows(WHERE)
 
 
 def test_a_durable_write_shows_until_the_feed_has_come_that_far() -> None:
     writes = LocalWrites()
-    writes.succeed(*WHERE, writes.add(*WHERE, b"1", OWNER), 10)
+    writes.succeed(writes.add(WHERE, b"1", OWNER), 10)
 
     assert look(writes, StoredRow(9, b"older"), told=9) == b"1"
     assert look(writes, None, told=9) == b"1"
@@ -55,7 +55,7 @@ def test_a_durable_write_shows_until_the_feed_has_come_that_far() -> None:
 
 def test_a_durable_delete_hides_the_row_until_the_feed_tells_of_another() -> None:
     writes = LocalWrites()
-    writes.succeed(*WHERE, writes.add(*WHERE, None, OWNER), 10)
+    writes.succeed(writes.add(WHERE, None, OWNER), 10)
 
     assert look(writes, StoredRow(9, b"older"), told=9) is None
     assert look(writes, StoredRow(11, b"again"), told=9) == b"again"
@@ -63,7 +63,7 @@ def test_a_durable_delete_hides_the_row_until_the_feed_tells_of_another() -> Non
 
 def test_what_the_feed_says_of_a_row_replaces_what_was_written_here() -> None:
     writes = LocalWrites()
-    writes.succeed(*WHERE, writes.add(*WHERE, b"1", OWNER), 10)
+    writes.succeed(writes.add(WHERE, b"1", OWNER), 10)
 
     writes.hear(Change(12, *WHERE, b"2"))
     assert look(writes) == b"2"
@@ -75,11 +75,11 @@ def test_what_the_feed_says_of_a_row_replaces_what_was_written_here() -> None:
 
 def test_a_reply_that_comes_late_does_not_go_back() -> None:
     writes = LocalWrites()
-    one = writes.add(*WHERE, b"1", OWNER)
-    other = writes.add(*WHERE, b"2", OWNER)
-    writes.succeed(*WHERE, other, 11)
+    one = writes.add(WHERE, b"1", OWNER)
+    other = writes.add(WHERE, b"2", OWNER)
+    writes.succeed(other, 11)
 
-    writes.succeed(*WHERE, one, 10)
+    writes.succeed(one, 10)
 
     assert look(writes) == b"2"
 
@@ -93,29 +93,31 @@ def test_durable_writes_are_kept_up_to_a_number_and_a_size(
 
     def write(key: str, value: bytes) -> None:
         where = ("aidb://a", "rows", key)
-        writes.succeed(*where, writes.add(*where, value, OWNER), 10)
+        writes.succeed(writes.add(where, value, OWNER), 10)
 
     for n in range(20):
         write(str(n), b"x")
-    assert [writes.knows("aidb://a", "rows", str(n)) for n in range(14, 20)] == [False] + [True] * 5
+    assert [writes.knows(("aidb://a", "rows", str(n))) for n in range(14, 20)] == [False] + [
+        True
+    ] * 5
 
     write("big", b"x" * 998)
-    assert not writes.knows("aidb://a", "rows", "16")
-    assert writes.knows("aidb://a", "rows", "big")
+    assert not writes.knows(("aidb://a", "rows", "16"))
+    assert writes.knows(("aidb://a", "rows", "big"))
 
-    outstanding = writes.add("aidb://a", "rows", "out", b"x" * 5_000, OWNER)
+    outstanding = writes.add(("aidb://a", "rows", "out"), b"x" * 5_000, OWNER)
     for n in range(10):
         write(f"m{n}", b"x")
-    assert writes.knows("aidb://a", "rows", "out"), "what is outstanding is never forgotten"
-    writes.fail("aidb://a", "rows", "out", outstanding)
+    assert writes.knows(("aidb://a", "rows", "out")), "what is outstanding is never forgotten"
+    writes.fail(outstanding)
 
 
 def test_the_owner_of_the_newest_outstanding_write_is_known() -> None:
     writes = LocalWrites()
-    assert writes.latest_owner(*WHERE) is None
-    write = writes.add(*WHERE, b"1", OWNER)
-    assert writes.latest_owner(*WHERE) is OWNER
-    assert writes.is_outstanding(*WHERE)
-    writes.succeed(*WHERE, write, 1)
-    assert writes.latest_owner(*WHERE) is None
-    assert not writes.is_outstanding(*WHERE)
+    assert writes.latest_owner(WHERE) is None
+    write = writes.add(WHERE, b"1", OWNER)
+    assert writes.latest_owner(WHERE) is OWNER
+    assert writes.is_outstanding(WHERE)
+    writes.succeed(write, 1)
+    assert writes.latest_owner(WHERE) is None
+    assert not writes.is_outstanding(WHERE)
