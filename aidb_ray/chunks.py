@@ -73,6 +73,7 @@ _NAMES = (
     "SUBAGENT_ERROR",
 )
 _CODES = {name: code for code, name in enumerate(_NAMES)}
+_TEXT_CODE = _CODES["TEXT_MESSAGE_CONTENT"]
 _FIRST_OWN_CODE = 200
 _MAX_OWN_TYPES = 56
 
@@ -122,6 +123,11 @@ class ChunkBuffer:
         code = _CODES.get(type_)
         self._codes.append(self._own_code(type_) if code is None else code)
         self._payloads.append(payload)
+
+    def add_text(self, text: str) -> None:
+        """Add one chunk that is a fragment of text."""
+        self._codes.append(_TEXT_CODE)
+        self._payloads.append(text)
 
     def begin_attempt(self) -> None:
         """Mark that a new attempt begins here, if it is not the first."""

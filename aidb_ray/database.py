@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,19 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from aidb_ray.contracts import AgentMessage, CancelRequest, Generation, ToolCall, is_valid_name
-from aidb_ray.errors import ConfigError, StorageError, StoreMismatchError, UnavailableError
+from aidb_ray.errors import (
+    ConfigError,
+    StorageError,
+    StoreLockedError,
+    StoreMismatchError,
+    UnavailableError,
+)
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
 from aidb_ray.store.changes import bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
+from aidb_ray.store.holders import Holders, holders_of
 from aidb_ray.store.local import LocalWrites
 from aidb_ray.store.transaction import Transaction
 
@@ -117,7 +125,8 @@ class Database:
     """A connected database. Light to hold; it pickles, and connects where it arrives.
 
     Leaving it as a context manager waits for outstanding writes. What runs on a cluster that was
-    started here ends with it; on an existing cluster stores and agents go on.
+    started here ends with the last connection that this process has to it; on an existing cluster
+    stores and agents go on.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class Database:
         data_dir: str,
         cluster: Cluster | None,
         durability: str = "local",
+        holders: Holders | None = None,
     ) -> None:
         self.name = name
         self.data_dir = data_dir
@@ -135,6 +145,8 @@ class Database:
         self.cluster = cluster
         self.is_closed = False
         self._refs = refs
+        # Who else of this process uses stores that it started on Ray, and so must end.
+        self._holders = holders
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
@@ -301,14 +313,15 @@ class Database:
         values: list[Shown] = []
         for intent in group.intents:
             where = (intent.collection, intent.key)
-            owner = writes.latest_owner(url, *where)
+            owner = writes.latest_owner((url, *where))
             if isinstance(owner, Transaction):
                 earlier[owner] = None
             values.append(group.shown.get(where, ...))
         transaction.show(values)
         site.spawn(
             transaction.run(
-                lambda patch: writes.durable(url, patch.collection, patch.key, None), list(earlier)
+                lambda patch: writes.durable((url, patch.collection, patch.key), None),
+                list(earlier),
             )
         )
         await transaction
@@ -345,10 +358,11 @@ class Database:
             del self._agents[agent.name]
 
     async def aclose(self) -> None:
-        """Wait for outstanding writes and disconnect; on a cluster started here, end it.
+        """Wait for outstanding writes and disconnect; the last connection ends what it can.
 
-        Agents go first, for they write; stores last. What fails on the way does not keep the
-        rest from closing.
+        That is everything on `"local"` and on a cluster that was started here; agents of this
+        connection go on there while another one of this process is open. Agents end first, for
+        they write; stores last. What fails on the way does not keep the rest from closing.
         """
         if self.is_closed:
             return
@@ -356,9 +370,6 @@ class Database:
         for stack in _open.values():
             if self in stack:
                 stack.remove(self)
-        owns_processes = self.is_local or (
-            self.cluster is not None and self.cluster.owned and not self._is_shared()
-        )
         loop = asyncio.get_running_loop()
         partitions = self._partitions.get(loop, [])
         async with AsyncExitStack() as closing:
@@ -366,20 +377,37 @@ class Database:
             closing.callback(self._partitions.pop, loop, None)
             if self.cluster is not None:
                 closing.push_async_callback(self.cluster.close)
-            if owns_processes:
+            if self.is_local:
                 closing.push_async_callback(self._stop_stores)
+            elif self._holders is not None:
+                closing.push_async_callback(self._leave, self._holders)
             for partition in partitions:
                 closing.push_async_callback(partition.aclose)
             for agent in list(self._agents.values()):
-                closing.push_async_callback(agent.aclose if owns_processes else agent.detach)
+                closing.push_async_callback(self._let_go, agent)
 
-    def _is_shared(self) -> bool:
-        """Whether this process has another open connection to the same stores."""
-        return any(
-            (other.name, other.data_dir) == (self.name, self.data_dir) and not other.is_local
-            for stack in _open.values()
-            for other in stack
-        )
+    async def _let_go(self, agent: Agent) -> None:
+        """End an agent that was created here, or leave it to whoever may end it later."""
+        holders = self._holders
+        if self.is_local or (holders is not None and holders.count == 1):
+            await agent.aclose()
+            return
+        if holders is not None:
+            holders.leave_running(agent.name, agent.aclose)
+        await agent.detach()
+
+    async def _leave(self, holders: Holders) -> None:
+        """End the stores, and the agents that were left running, if no other connection is left."""
+        holders.leave()
+        if holders.count:
+            return
+        async with holders.turn():
+            if holders.count:
+                return  # Another one has connected meanwhile.
+            async with AsyncExitStack() as ending:
+                ending.push_async_callback(self._stop_stores)
+                for end in holders.take_endings():
+                    ending.push_async_callback(end)
 
     async def shutdown(self) -> None:
         """End the agents and stores of this database, also on an existing cluster; rows stay."""
@@ -488,8 +516,8 @@ def connect(
 
     Args:
         address: None: the Ray cluster of this process or of RAY_ADDRESS, else one started here.
-            `"local"`: in this process, no Ray, same log format. `"auto"`, `"host:port"`: an
-            existing cluster, whose stores and agents outlive this process.
+            `"local"`: in this process, no Ray, same log format, one connection at a time. `"auto"`,
+            `"host:port"`: an existing cluster, whose stores and agents outlive this process.
         data_dir: Where the log lies. Relative only for a cluster started here or `"local"`.
         database: Its name, which is that of its directory in `data_dir`, too.
         partitions: Fixed when the database is created.
@@ -500,7 +528,8 @@ def connect(
     Raises:
         ConfigError: an argument cannot be; `partitions` differs from what the database has.
         StoreMismatchError: the directory is missing on an existing cluster, or foreign.
-        StoreLockedError: another process still has the directory after 20 s.
+        StoreLockedError: another process still has the directory after 20 s, or a `"local"`
+            connection of this process has it.
     """
     if not is_valid_name(database) or "/" in database:
         raise ConfigError(f"{database!r} cannot name a database.", code="invalid_name")
@@ -544,15 +573,45 @@ async def _connect(plan: _Plan) -> Database:
 
 async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
     home = plan.data_dir.absolute() / plan.database
-    is_private = cluster is None or cluster.owned
-    refs = [] if cluster is None else await _find_running(plan, home)
-    if not refs:
-        if not is_private:
-            _check_shared_directory(plan)
-        refs = await _start_stores(plan, home, cluster, is_private=is_private)
+    if cluster is None:
+        _check_not_open_here(plan, home)
+        refs = await _start_stores(plan, home, None, is_private=True)
+        return Database(
+            plan.database, refs, data_dir=str(home), cluster=None, durability=plan.durability
+        )
+    holders = holders_of(plan.database) if cluster.owned else None
+    async with nullcontext() if holders is None else holders.turn():
+        refs = await _find_running(plan, home)
+        if not refs:
+            if holders is None:
+                _check_shared_directory(plan)
+            refs = await _start_stores(plan, home, cluster, is_private=holders is not None)
+        if holders is not None:
+            holders.join()
     return Database(
-        plan.database, refs, data_dir=str(home), cluster=cluster, durability=plan.durability
+        plan.database,
+        refs,
+        data_dir=str(home),
+        cluster=cluster,
+        durability=plan.durability,
+        holders=holders,
     )
+
+
+def _check_not_open_here(plan: _Plan, home: Path) -> None:
+    """Raise if this process has the directory open: it would wait for its own lock."""
+    if plan.durability != "local":
+        return
+    for stack in list(_open.values()):
+        for other in stack:
+            is_on_disk = other.is_local and other.durability == "local"
+            if is_on_disk and Path(other.data_dir).resolve() == home.resolve():
+                raise StoreLockedError(
+                    f"{str(home)!r} is open in this process already. Use that connection, or close "
+                    f"it first.",
+                    pid=os.getpid(),
+                    host=socket.gethostname(),
+                )
 
 
 def _check_shared_directory(plan: _Plan) -> None:

@@ -287,7 +287,7 @@ class StoreMismatchError(StorageError):
 
 
 class StoreLockedError(StorageError):
-    """Another process has the data directory open.
+    """Another process, or another connection of this one, has the data directory open.
 
     Attributes:
         pid: Process that holds the lock, 0 if it did not say.

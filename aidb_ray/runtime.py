@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -913,7 +913,8 @@ def _join(
     """Answer `joining`, then stay for as long as the cluster needs this thread."""
     try:
         if address or os.environ.get("RAY_ADDRESS"):
-            _show_token()  # Ray reads the environment when it is imported, and never again.
+            # Ray reads the environment when it is imported, and never again.
+            _show_token(os.environ)
         import ray
 
         with _ray_lock:
@@ -1015,17 +1016,17 @@ def _provide_token() -> None:
         file.write(token)
 
 
-def _show_token() -> None:
+def _show_token(environment: MutableMapping[str, str]) -> None:
     """Have Ray show this user's token to the cluster it joins; one that wants none ignores it.
 
     `ray start` asks for a token wherever there is one, but a driver shows it only if told to.
     """
-    if "RAY_AUTH_MODE" in os.environ:
+    if "RAY_AUTH_MODE" in environment:
         return
-    with contextlib.suppress(OSError, RuntimeError):
-        keys = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-        if any(key in os.environ for key in keys) or (Path.home() / ".ray/auth_token").exists():
-            os.environ["RAY_AUTH_MODE"] = "token"
+    with contextlib.suppress(OSError, RuntimeError):  # There may be no home, or none to look into.
+        is_given = "RAY_AUTH_TOKEN" in environment or "RAY_AUTH_TOKEN_PATH" in environment
+        if is_given or (Path.home() / ".ray" / "auth_token").exists():
+            environment["RAY_AUTH_MODE"] = "token"
 
 
 def _split_address(address: str) -> tuple[str, int] | None:

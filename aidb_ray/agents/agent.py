@@ -14,7 +14,13 @@ from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor, ShardStatus
 from aidb_ray.contracts import CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
-from aidb_ray.errors import AidbError, ConfigError, KeyExistsError, UnavailableError
+from aidb_ray.errors import (
+    AidbError,
+    ConfigError,
+    KeyExistsError,
+    NotReadyError,
+    UnavailableError,
+)
 from aidb_ray.models.base import TextAdapter
 from aidb_ray.models.tools import Tool
 from aidb_ray.query.builder import Query, QueryRoot
@@ -103,7 +109,11 @@ def create_agent(
 
 
 def attach_agent(database: Database, name: str) -> Agent:
-    """Return the handle of an agent that runs already; it is looked for at the first await."""
+    """Return the handle of an agent that runs already; it is looked for at the first await.
+
+    Once `ready()` was awaited it knows the agent's session, if that is only one; before, `send`
+    and `collections` need to be told.
+    """
     agent = Agent(database, name, None, 0)
     agent.begin(None, "attach")
     return agent
@@ -167,6 +177,7 @@ class Agent:
 
         Raises:
             ConfigError: `session_required`: it works for a pattern of sessions.
+            NotReadyError: the handle is of `db.agent(name)`, and `ready()` was not awaited.
         """
         return AgentCollections(self.database.session(self._one_session()))
 
@@ -188,7 +199,8 @@ class Agent:
         """Write a user's message to the agent and return a handle of its answer; returns at once.
 
         With a `message_id` that exists, nothing is written and the handle waits for, or finds,
-        the answer to that message; so a script may be run again.
+        the answer to that message; so a script may be run again. Without a `session` it goes to
+        the agent's one, see `collections`.
         """
         url = self._url_of(session)
         replies = self._listen_in(url)
@@ -205,7 +217,7 @@ class Agent:
         except KeyExistsError:
             # It is on its way already.
             writes = self.database.site_of(url).writes
-            owner = writes.latest_owner(url, "messages", str(row["id"]))
+            owner = writes.latest_owner((url, "messages", str(row["id"])))
             sent = owner if isinstance(owner, Transaction) else None
         return ReplyHandle(self.database, replies, url, str(row["id"]), sent)
 
@@ -321,7 +333,7 @@ class Agent:
 
     async def detach(self) -> None:
         """Let go of the agent; it goes on."""
-        if self._starting is not None:
+        if self._starting is not None and not self._starting.done():
             await asyncio.wait([self._starting])
         for replies in self._replies.values():
             replies.close()
@@ -340,7 +352,7 @@ class Agent:
                     f"No agent {self.name!r} runs in database {self.database.name!r}.",
                     code="agent_missing",
                 )
-            self._refs = running
+            await self._adopt(running)
             return
         if running:
             if await self._goes_on(running, definition, on_change):
@@ -362,6 +374,14 @@ class Agent:
         await asyncio.gather(
             *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
         )
+
+    async def _adopt(self, running: list[ActorRef[AgentActor]]) -> None:
+        """Take these shards for the agent's, and learn from them which sessions it follows."""
+        status = await running[0].with_timeout(_START_MS).ask(AgentActor.status)
+        self._refs = running
+        if self._url is None:
+            self._url = status.stream_url
+            self._listen()
 
     async def _find_running(self) -> list[ActorRef[AgentActor]]:
         found: list[ActorRef[AgentActor]] = []
@@ -412,7 +432,12 @@ class Agent:
     # Inside.
 
     def _one_session(self) -> str:
-        url = self._url or ""
+        if self._url is None:
+            raise NotReadyError(
+                f"Which session agent {self.name!r} follows is not known yet: await ready() first, "
+                f"or name a session."
+            )
+        url = self._url
         if url.endswith("*") or not url:
             raise ConfigError(
                 f"Agent {self.name!r} works for {url or 'rows of your own'}: name a session with "

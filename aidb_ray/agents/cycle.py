@@ -24,6 +24,9 @@ from aidb_ray.models.base import ToolCallRequest, Usage
 
 Ending: TypeAlias = Literal["completed", "failed", "cancelled"]
 
+ALONE_AFTER = 3
+"""Interruptions in a row from which on a generation may be what ends its processes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -44,6 +47,7 @@ class Cycle:
         call_count: Calls of all rounds.
         attempt: Counts starts of the unfinished round over the whole generation, from 1.
         failures: How often the unfinished round failed in a row.
+        interruptions: How often in a row a process ended before the round and its calls were done.
     """
 
     generation_id: str
@@ -53,7 +57,13 @@ class Cycle:
     call_count: int = 0
     attempt: int = 1
     failures: int = 0
+    interruptions: int = 0
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what ends its processes, so that no other suspect runs beside it."""
+        return self.interruptions >= ALONE_AFTER
 
     @property
     def round(self) -> int:
@@ -119,9 +129,10 @@ class RunCalls:
 
 @dataclass(frozen=True, slots=True)
 class RunAgain:
-    """Run calls again that were running when a process died."""
+    """Run calls again that were running when a process died; answer the rejected ones so."""
 
     keys: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +204,7 @@ def _finish_round(cycle: Cycle, event: RoundFinished, limits: Limits) -> tuple[C
         open_calls=frozenset(keys),
         call_count=cycle.call_count + len(keys),
         failures=0,
+        interruptions=0,
         usage=usage,
     )
     return calling, RunCalls(event.requests, keys)
@@ -219,33 +231,72 @@ def resume(
     generation: GenerationRow,
     calls: Sequence[ToolCallRow],
     in_doubt: Literal["retry", "fail", "park"],
+    limits: Limits,
+    *,
+    is_interrupted: bool = True,
 ) -> tuple[Cycle, Command]:
-    """Return where a generation stands whose process died, and what to do next.
+    """Return where a generation stands that was begun before, and what to do next.
 
     Finished rounds and answered calls stay as they are. A round that was not finished is asked
-    for again as a new attempt; calls that were running follow `in_doubt`.
+    for again as a new attempt; calls that were running follow `in_doubt`. One that was interrupted
+    too often in a row fails.
+
+    Args:
+        generation: Its row.
+        calls: Its calls.
+        in_doubt: What becomes of calls that were running.
+        limits: What it may use.
+        is_interrupted: Whether the process has ended that ran it; else this one goes on.
     """
     assert not generation.is_terminal, generation
     newest = len(generation.rounds) - 1
-    running = tuple(call.id for call in calls if call.round == newest and not call.is_terminal)
+    running = [call for call in calls if call.round == newest and not call.is_terminal]
+    keys = tuple(call.id for call in running)
     usage = generation.usage
     cycle = Cycle(
         generation.id,
         phase="calling" if running else "asking",
         rounds=tuple(generation.rounds),
-        open_calls=frozenset(running),
+        open_calls=frozenset(keys),
         call_count=len(calls),
         attempt=generation.attempt + 1,
+        interruptions=generation.interruptions + is_interrupted,
         usage=Usage(usage.input_tokens, usage.output_tokens) if usage else Usage(),
     )
+    if is_interrupted and cycle.interruptions >= limits.retry.max_interruptions:
+        return replace(cycle, phase="ended"), _give_up(cycle.interruptions)
     if not running:
         return cycle, AskModel()
     match in_doubt:
         case "retry":
-            return cycle, RunAgain(running)
+            return cycle, RunAgain(keys)
         case "fail":
-            return cycle, AnswerInDoubt(running)
+            return cycle, AnswerInDoubt(keys)
         case "park":
-            return cycle, Park(running)
+            return cycle, _decide(running)
         case _:
             assert_never(in_doubt)
+
+
+def is_suspect(generation: GenerationRow, *, is_interrupted: bool) -> bool:
+    """Whether the cycle that `resume` would return is a suspect."""
+    return generation.interruptions + is_interrupted >= ALONE_AFTER
+
+
+def _give_up(interruptions: int) -> End:
+    error = (
+        f"The agent's process ended {interruptions} times in a row while it worked on this. Look "
+        f"for what ends it before you ask again."
+    )
+    return End("failed", error=error, code="interrupted")
+
+
+def _decide(running: Sequence[ToolCallRow]) -> Park | RunAgain:
+    """Return what persons want of calls in doubt; nothing is done before all are decided."""
+    undecided = [call.id for call in running if call.approval not in ("approved", "rejected")]
+    if undecided:
+        return Park(tuple(undecided))
+    return RunAgain(
+        tuple(call.id for call in running if call.approval == "approved"),
+        tuple(call.id for call in running if call.approval == "rejected"),
+    )

@@ -24,15 +24,24 @@ InDoubt: TypeAlias = Literal["retry", "fail", "park"]
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How often a model round is tried again after an error that may pass.
+    """How often a model round is tried again after an error that may pass, or a lost process.
 
     The pause doubles from `first_pause_ms` up to `longest_pause_ms`, with jitter; a provider that
     says how long to wait is believed up to `longest_pause_ms`.
+
+    Attributes:
+        max_attempts: Errors in a row after which a round fails the generation.
+        max_interruptions: Ends of the agent's process in a row, in the middle of one round or its
+            tool calls, after which the generation fails with the code `interrupted`. Crashes and
+            stops count alike, also those that another session brought about. From the third on
+            a generation goes on only while no other such one does, and only then counts; so one
+            that merely ran beside is failed only by fewer than 4.
     """
 
     max_attempts: int = 4
     first_pause_ms: int = 250
     longest_pause_ms: int = 30_000
+    max_interruptions: int = 10
 
     def pause_ms(self, failures: int, *, asked_ms: int | None, jitter: float) -> int:
         """Return the pause after so many failures; `jitter` is between 0 and 1."""
@@ -158,13 +167,15 @@ def durable_agent(
         history: How much of the session the model reads.
         output_schema: The reply is JSON that fits this model.
         max_iterations: Model rounds in one generation.
-        retry: How errors of the provider are tried again.
+        retry: How errors of the provider are tried again, and how often lost processes.
         usage_limits: Bounds of one generation.
         run_timeout_ms: Bound on one generation in this process.
         idle_timeout_ms: Longest silence of a model in the middle of its stream.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
-            again under the same idempotency key, answer it with an error, or leave the session
-            as it is until a person decides.
+            again under the same idempotency key, answer it with an error, or park the session
+            until every such call is decided. Whoever decides writes the call's row: a terminal
+            `status` with `result` or `error`, or `approval`: `approved` has it run again once,
+            `rejected` answers it with an error.
         on_crash: A model round that was interrupted starts again, as a new attempt.
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.

@@ -54,6 +54,7 @@ class Replies:
 
     def __init__(self, partition: Partition, agent: str, url: str) -> None:
         self._client = partition.client
+        self._writes = partition.writes
         self._waiting: dict[tuple[str, str], asyncio.Future[AgentMessage]] = {}
         self._unclaimed: dict[tuple[str, str], bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -74,8 +75,8 @@ class Replies:
 
     async def ready(self) -> None:
         """Wait until ends of generations are heard."""
-        for subscription in self._subscriptions:
-            self.started = max(self.started, await asyncio.shield(subscription.started))
+        started = [await asyncio.shield(each.started) for each in self._subscriptions]
+        self.started = max(self.started, *started)
 
     def close(self) -> None:
         """Hear no more; whoever waits gets `UnavailableError`."""
@@ -151,10 +152,13 @@ class Replies:
                 else:
                     _settle(waiting, ended, reply)
 
-    def _start_anew(self, _rows: Sequence[FoundRow], _revision: int) -> None:
-        # Ends were missed: whoever waits must look into the store.
+    def _start_anew(self, _rows: Sequence[FoundRow], revision: int) -> None:
+        # Ends were missed: whoever waits must look into the store. A message that is still on its
+        # way is not there yet; `reply` looks, once it is, if its revision is an earlier one.
+        self.started = max(self.started, revision)
         for session, message_id in list(self._waiting):
-            self._look_up_later(session, message_id)
+            if not self._writes.is_outstanding((session, "messages", message_id)):
+                self._look_up_later(session, message_id)
 
     def _look_up_later(self, session: str, message_id: str) -> None:
         task = asyncio.get_running_loop().create_task(self._look_up_or_fail(session, message_id))

@@ -36,6 +36,7 @@ class GenerationRow(msgspec.Struct, rename="camel", frozen=True):
     message_ids: list[str] = []
     rounds: list[str] = []
     attempt: int = 1
+    interruptions: int = 0
     usage: UsageRow | None = None
     error: str | None = None
     error_code: str | None = None

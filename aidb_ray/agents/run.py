@@ -10,11 +10,10 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 from ag_ui.core import StepFinishedEvent, StepStartedEvent
@@ -23,6 +22,7 @@ from pydantic import BaseModel
 from aidb_ray.agents import cycle as machine
 from aidb_ray.agents.cycle import Cycle, End, Limits, RoundFailed, RoundFinished
 from aidb_ray.agents.definition import AgentDefinition
+from aidb_ray.agents.recorder import Recorder, SilenceLimit
 from aidb_ray.agents.rows import (
     GenerationRow,
     MessageRow,
@@ -35,7 +35,6 @@ from aidb_ray.agents.rows import (
 )
 from aidb_ray.agents.session import SessionState, args_text
 from aidb_ray.chunks import (
-    FLUSH_CHUNKS,
     ChunkBuffer,
     ChunkCollection,
     ChunkFlusher,
@@ -59,13 +58,14 @@ from aidb_ray.errors import (
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import parse_output, unknown_tool
-from aidb_ray.models.events import EventDecoder, EventEncoder
+from aidb_ray.models.events import EventDecoder
 from aidb_ray.models.round import Round
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Tool, ToolContext
-from aidb_ray.store.changes import CHUNKS, Append, Insert, Mutation, Runner, Update
+from aidb_ray.store.changes import CHUNKS, Append, Insert, Mutation, Runner, StoredRow, Update
 from aidb_ray.store.collection import Group, current_group
 from aidb_ray.store.columns import EMPTY
+from aidb_ray.store.local import LocalWrites, View
 from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import MAX_REMAKES, Intent, make_mutations
 
@@ -90,15 +90,41 @@ _message_codec = codec_of(AgentMessage, "id")
 
 @dataclass(slots=True)
 class Shard:
-    """What all runs of one shard share."""
+    """What all runs of one shard share.
+
+    Attributes:
+        writes: Own writes of this process, on top of `view`.
+        view: The rows that may be in the `pending_work`, if it has one.
+    """
 
     definition: AgentDefinition
     database: Database
     client: StoreClient
+    writes: LocalWrites
     flusher: ChunkFlusher
+    silence: SilenceLimit
     runner: Runner
     tools: Mapping[str, Tool]
+    view: View | None = None
     running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one run shall do.
+
+    Attributes:
+        pending: Keys of the rows to answer; none if whoever waited has gone.
+        rows: Those rows, of a `pending_work`.
+        generation: The one to go on with, if it was begun before.
+        is_leftover: Whether the rows waited when this process began: an earlier one may have died
+            of them before it could write anything.
+    """
+
+    pending: Sequence[str]
+    rows: Sequence[Any] = ()
+    generation: GenerationRow | None = None
+    is_leftover: bool = False
 
 
 W = TypeVar("W")
@@ -132,33 +158,39 @@ class GenerationRun:
         shard: Shard,
         session: str,
         state: SessionState,
-        pending: Sequence[str],
-        pending_rows: Sequence[Any],
+        assignment: Assignment,
     ) -> None:
         self._shard = shard
         self._definition = shard.definition
         self._session = session
         self._state = state
-        self._pending = list(pending)
-        self._pending_rows = list(pending_rows)
+        self._assignment = assignment
+        self._pending = list(assignment.pending)
+        self._pending_rows = list(assignment.rows)
         self._cycle: Cycle
         self._generation: GenerationRow
         self._buffer: ChunkBuffer
-        self._encoder = EventEncoder()
+        self._recorder: Recorder
         self._reply: Any = None
         self._sent: asyncio.Future[int] | None = None
         self._unsent: tuple[Append, ChunkColumns] | None = None
         # The task that runs it, while it may be stopped there.
         self._stoppable: asyncio.Task[Any] | None = None
         self._unwritten: RoundFinished | None = None
+        self._is_cancelled = False
         self.signal = Signal()
         limits = self._definition
         self._limits = Limits(limits.max_iterations, limits.retry, limits.usage_limits)
 
     @property
     def answered(self) -> Sequence[str]:
-        """Keys of the rows that the generation answers; known once it has begun."""
+        """Keys of the rows that the generation answers."""
         return self._pending
+
+    @property
+    def is_suspect(self) -> bool:
+        """See `Cycle.is_suspect`; not before it has begun."""
+        return self._cycle.is_suspect
 
     async def run(self) -> bool:
         """Run until the generation has ended; False if a person must decide before it goes on.
@@ -184,6 +216,7 @@ class GenerationRun:
 
     def cancel(self, reason: str) -> None:
         """Have the generation end as cancelled, unless its end is being written already."""
+        self._is_cancelled = True
         self.signal.abort(reason)
         task, self._stoppable = self._stoppable, None
         if task is not None:
@@ -202,7 +235,8 @@ class GenerationRun:
                 if end.ending == "completed":
                     intents = await self._respond()
         except asyncio.CancelledError:
-            if not self.signal.is_aborted:
+            # A tool that is stopped aborts the signal as well, whoever stops it.
+            if not self._is_cancelled:
                 raise
             task.uncancel()
         except TimeoutError:
@@ -222,59 +256,79 @@ class GenerationRun:
         return End("cancelled", error=self.signal.reason), []
 
     async def _begin(self) -> machine.Command:
-        shard, state = self._shard, self._state
-        is_raw = self._definition.pending_work is not None
-        is_grouped = self._definition.session is not None
-        found = state.open_generation(self._pending if is_grouped else None)
+        found = self._assignment.generation
         if found is None:
-            now = now_text()
-            generation = GenerationRow(
-                random_id(),
-                self._definition.name,
-                message_ids=self._pending,
-                created_at=now,
-                updated_at=now,
-            )
-            self._cycle = Cycle(generation.id)
             command: machine.Command = machine.AskModel()
-            next_index = 0
+            generation, next_index = self._new_generation(), 0
+            self._cycle = Cycle(generation.id)
             mutation: Mutation = self._insert("generations", generation.id, generation)
         else:
-            calls = state.calls_of(found.id)
-            self._cycle, command = machine.resume(found, calls, self._definition.on_in_doubt)
-            if not is_raw:
-                self._pending = [key for key in found.message_ids if state.is_waiting(key)]
-            if not self._pending:
-                command = End("cancelled", error="Nobody waits for it any more.")
+            command = self._resume(found)
             if isinstance(command, machine.Park):
-                if not self.signal.is_aborted:
-                    return command
-                command = End("cancelled", error=self.signal.reason)
-            page = await shard.client.read_chunks(self._session, found.id, 1 << 62)
+                return command
+            page = await self._shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
             if isinstance(command, machine.AskModel) and self._definition.generate is None:
-                self._unwritten = await self._find_unwritten(found, calls)
-            generation = msgspec.structs.replace(
-                found,
-                message_ids=self._pending if is_raw else found.message_ids,
-                attempt=self._cycle.attempt,
-                updated_at=now_text(),
-            )
+                self._unwritten = await self._find_unwritten(found)
+            generation = self._next_attempt(found)
             mutation = self._update("generations", generation)
         self._keep(generation)
         self._buffer = ChunkBuffer(
             self._session, generation.id, next_index=next_index, attempt=self._cycle.attempt
         )
         self._buffer.begin_attempt()
-        # The model may be called before this is durable: commits of one client keep their order,
-        # so if this one is refused, so is what follows.
-        self._send([mutation]).add_done_callback(_retrieve)
-        shard.flusher.open(self._buffer, shard.runner)
+        shard = self._shard
+        self._recorder = Recorder(self._buffer, shard.flusher, shard.silence)
+        is_suspicious = found is not None or self._assignment.is_leftover
+        if is_suspicious and isinstance(command, machine.AskModel):
+            # Durable before the user's code runs, or the processes it ends could not be counted.
+            await self._write([mutation], EMPTY, lambda _: None)
+        else:
+            # The model may be called before this is durable: commits of one client keep their
+            # order, so if this one is refused, so is what follows.
+            self._send([mutation]).add_done_callback(_retrieve)
+        self._shard.flusher.open(self._buffer, self._shard.runner)
         return command
 
-    async def _find_unwritten(
-        self, generation: GenerationRow, calls: Sequence[ToolCallRow]
-    ) -> RoundFinished | None:
+    def _new_generation(self) -> GenerationRow:
+        now = now_text()
+        return GenerationRow(
+            random_id(),
+            self._definition.name,
+            message_ids=self._pending,
+            created_at=now,
+            updated_at=now,
+        )
+
+    def _resume(self, found: GenerationRow) -> machine.Command:
+        """Return what follows for a generation that was begun before."""
+        state, definition = self._state, self._definition
+        is_interrupted = not state.was_written_since(found.id, self._shard.runner.epoch)
+        self._cycle, command = machine.resume(
+            found,
+            state.calls_of(found.id),
+            definition.on_in_doubt,
+            self._limits,
+            is_interrupted=is_interrupted,
+        )
+        if not self._pending:
+            return End("cancelled", error="Nobody waits for it any more.")
+        if isinstance(command, machine.Park) and self.signal.is_aborted:
+            return End("cancelled", error=self.signal.reason)
+        return command
+
+    def _next_attempt(self, found: GenerationRow) -> GenerationRow:
+        # Rows of a `pending_work` may have joined; messages that did are answered afterwards.
+        joins = self._definition.pending_work is not None and self._pending
+        return msgspec.structs.replace(
+            found,
+            message_ids=self._pending if joins else found.message_ids,
+            attempt=self._cycle.attempt,
+            interruptions=self._cycle.interruptions,
+            updated_at=now_text(),
+        )
+
+    async def _find_unwritten(self, generation: GenerationRow) -> RoundFinished | None:
         """Return the round that the model had finished when the process died, if there is one.
 
         A round is finished when its last chunk is durable, and what it came to is in its chunks.
@@ -294,6 +348,7 @@ class GenerationRun:
         if not isinstance(last, StepFinishedEvent) or not heard.is_finished:
             return None
         newest = len(generation.rounds) - 1
+        calls = self._state.calls_of(generation.id)
         written = [call.model_call_id for call in calls if call.round == newest]
         if heard.tool_calls and [request.id for request in heard.tool_calls] == written:
             return None
@@ -308,10 +363,10 @@ class GenerationRun:
                     event = await self._ask()
                 case machine.RunCalls(requests, keys):
                     event = await self._run_calls(await self._write_calls(requests, keys))
-                case machine.RunAgain(keys):
-                    event = await self._run_calls(await self._write_again(keys))
+                case machine.RunAgain(keys, rejected):
+                    event = await self._run_again(keys, rejected)
                 case machine.AnswerInDoubt(keys):
-                    event = await self._answer_in_doubt(keys)
+                    event = await self._answer_calls(keys, _in_doubt())
                 case End():
                     return command
                 case machine.Park() | None:
@@ -367,7 +422,7 @@ class GenerationRun:
             system_prompts=(definition.instructions,) if definition.instructions else (),
             output_schema=definition.output_schema,
         )
-        heard = await self._record(events)
+        heard = await self._recorder.record(events)
         if not heard.is_finished:
             raise ModelError("The model's stream broke off.", retryable=True, code="truncated")
         if definition.output_schema is not None and not heard.tool_calls:
@@ -417,29 +472,6 @@ class GenerationRun:
             self._cycle.attempt,
         )
 
-    async def _record(self, events: AsyncIterator[Event]) -> Round:
-        """Keep every event of a stream as a chunk; returns what they add up to."""
-        heard = Round()
-        buffer, flusher = self._buffer, self._shard.flusher
-        encode = self._encoder.encode
-        take_in, add = heard.add, buffer.add
-        async with (
-            aclosing(cast("Any", events)) as open_events,
-            _silence_limit(self._definition.idle_timeout_ms, buffer),
-        ):
-            count = 0
-            async for event in open_events:
-                take_in(event)
-                add(*encode(event))
-                count += 1
-                if count >= FLUSH_CHUNKS:
-                    count = 0
-                    flusher.check(buffer)
-                    flusher.flush(buffer)
-        if heard.error is not None:
-            raise ModelError(heard.error, retryable=True, code="run_error")
-        return heard
-
     async def _generate(self) -> machine.Event:
         definition = self._definition
         assert definition.generate is not None
@@ -451,7 +483,7 @@ class GenerationRun:
             result = await result
         usage: ModelUsage | None = None
         if hasattr(result, "__aiter__"):
-            heard = await self._record(_as_events(result))
+            heard = await self._recorder.record(_as_events(result))
             result, usage = heard.text, heard.usage
         self._reply = result
         text = result if isinstance(result, str) else _as_text(result)
@@ -481,6 +513,7 @@ class GenerationRun:
         generation = msgspec.structs.replace(
             self._generation,
             rounds=list(self._cycle.rounds),
+            interruptions=self._cycle.interruptions,
             usage=_to_usage(self._cycle.usage),
             updated_at=now,
         )
@@ -507,6 +540,8 @@ class GenerationRun:
                 known[key],
                 status=ToolCallStatus.EXECUTING.value,
                 attempt=known[key].attempt + 1,
+                # Decided once: if the process dies again, someone must decide again.
+                approval=None,
                 updated_at=now_text(),
             )
             for key in keys
@@ -516,12 +551,21 @@ class GenerationRun:
         await self._write(updates, EMPTY, lambda _: self._know_calls(calls))
         return calls
 
-    async def _answer_in_doubt(self, keys: Sequence[str]) -> machine.Event:
+    async def _run_again(self, keys: Sequence[str], rejected: Sequence[str]) -> machine.Event:
+        event: machine.Event | None = None
+        if rejected:
+            event = await self._answer_calls(rejected, _rejected())
+        if not keys:
+            assert event is not None
+            return event
+        calls = await self._write_again(keys)
+        if event is not None:
+            self._note_call(event, keys[0])
+        return await self._run_calls(calls)
+
+    async def _answer_calls(self, keys: Sequence[str], error: ToolError) -> machine.Event:
+        """Answer calls with an error instead of running them."""
         known = self._state.calls[self._generation.id]
-        error = ToolError(
-            "The process died while the tool ran; it may have had its effect or not.",
-            code="in_doubt",
-        )
         event: machine.Event | None = None
         for key in keys:
             await self._finish_call(known[key], None, error)
@@ -672,7 +716,7 @@ class GenerationRun:
         on_response = self._definition.on_response
         if on_response is None:
             return []
-        group = Group(self._session, takes_all=False)
+        group = Group(self._session, takes_all=False, shown=await self._shown_rows())
         token = current_group.set(group)
         try:
             result = on_response(self._reply, self._rows_to_answer())
@@ -687,6 +731,26 @@ class GenerationRun:
         finally:
             current_group.reset(token)
         return group.intents
+
+    async def _shown_rows(self) -> dict[tuple[str, str], bytes | None]:
+        """Return the rows to answer as they are known here, for drafts and reads of them.
+
+        The store is asked only for rows that have left the query meanwhile.
+        """
+        shard, session = self._shard, self._session
+        view = shard.view
+        assert view is not None
+        collection = view.filter.collection
+        shown: dict[tuple[str, str], bytes | None] = {}
+        for key in self._pending:
+            synced, told = view.synced.get((session, key)), view.told
+            if synced is None:
+                found = await shard.client.find(session, collection, key)
+                synced = None if found is None else StoredRow(found.revision, found.value)
+                told = 0
+            row, _ = shard.writes.look((session, collection, key), synced, told)
+            shown[collection, key] = None if row is None else row.value
+        return shown
 
     def _answered(self) -> list[Insert | Update]:
         """Return the updates that stamp the answered messages."""
@@ -788,6 +852,16 @@ class GenerationRun:
         self._state.put_generation(generation)
 
 
+def _in_doubt() -> ToolError:
+    return ToolError(
+        "The process died while the tool ran; it may have had its effect or not.", code="in_doubt"
+    )
+
+
+def _rejected() -> ToolError:
+    return ToolError("It was decided that the call is not run again.", code="rejected")
+
+
 class _ResponseFailed(Exception):  # noqa: N818  Says how the generation ends.
     """`on_response` raised."""
 
@@ -801,41 +875,6 @@ def _is_of_store(error: Exception) -> bool:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-@asynccontextmanager
-async def _silence_limit(limit_ms: int, buffer: ChunkBuffer) -> AsyncGenerator[None]:
-    """Raise `ModelError` when the buffer gets no chunk for `limit_ms`, or an eighth longer.
-
-    It looks now and then: moving a timeout at every event would cost more than the event.
-    """
-    loop = asyncio.get_running_loop()
-    tick_s = limit_ms / 8000
-    seen, quiet_ticks = buffer.next_index, 0
-
-    def look() -> None:
-        nonlocal seen, quiet_ticks, timer
-        if buffer.next_index != seen:
-            seen, quiet_ticks = buffer.next_index, 0
-        else:
-            quiet_ticks += 1
-        if quiet_ticks > 8:
-            limit.reschedule(loop.time())
-        else:
-            timer = loop.call_later(tick_s, look)
-
-    limit = asyncio.timeout(None)
-    timer = loop.call_later(tick_s, look)
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        words = f"The model was silent for {limit_ms} ms."
-        raise ModelError(words, code="idle_timeout", retryable=True) from error
-    finally:
-        timer.cancel()
 
 
 def _seconds(ms: int | None) -> float | None:

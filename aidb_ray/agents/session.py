@@ -67,6 +67,8 @@ class SessionState:
         self.messages: dict[str, KnownMessage] = {}
         self.generations: dict[str, GenerationRow] = {}
         self._open: dict[str, GenerationRow] = {}
+        # Of open generations that were read and not written since: the revision that wrote them.
+        self._read_as_of: dict[str, int] = {}
         # When each generation was answered: its messages come right before its reply.
         self._replied_at: dict[str, str] = {}
         self.calls: dict[str, dict[str, ToolCallRow]] = {}
@@ -83,6 +85,7 @@ class SessionState:
             generation = decode_generation(row.value)
             if generation.agent == self._agent:
                 self.put_generation(generation)
+                self._read_as_of[generation.id] = row.revision
         for row in rows["tool_calls"]:
             call = decode_call(row.value)
             if call.generation_id in self.generations:
@@ -120,6 +123,7 @@ class SessionState:
     def put_generation(self, generation: GenerationRow) -> None:
         """Take in a generation as it is now."""
         self.generations[generation.id] = generation
+        self._read_as_of.pop(generation.id, None)
         if generation.is_terminal:
             self._open.pop(generation.id, None)
         else:
@@ -148,6 +152,10 @@ class SessionState:
             if answering is None or not set(answering).isdisjoint(generation.message_ids):
                 return generation
         return None
+
+    def was_written_since(self, generation_id: str, epoch: int) -> bool:
+        """Whether the runner of that epoch has written the generation."""
+        return self._read_as_of.get(generation_id, epoch) >= epoch
 
     def conversation(
         self, pending: Sequence[str], generation_id: str, history: History

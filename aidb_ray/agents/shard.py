@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aidb_ray.agents import cycle
 from aidb_ray.agents.definition import AgentDefinition
-from aidb_ray.agents.rows import decode_message, now_ms, time_ms
-from aidb_ray.agents.run import GenerationRun, Shard
+from aidb_ray.agents.recorder import SilenceLimit
+from aidb_ray.agents.rows import GenerationRow, decode_generation, decode_message, now_ms, time_ms
+from aidb_ray.agents.run import Assignment, GenerationRun, Shard
 from aidb_ray.agents.session import COLLECTIONS, SessionState
 from aidb_ray.chunks import ChunkFlusher
 from aidb_ray.contracts import CancelRequest, ToolCallStatus
@@ -47,7 +49,9 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES = 256 << 20
 FAILURE_PAUSE_MS = 1_000
 LONGEST_FAILURE_PAUSE_MS = 60_000
+TURN_PAUSE_MS = 500
 _DECIDED = tuple(status.value for status in ToolCallStatus if status.is_terminal)
+_APPROVALS = ("approved", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class ShardStatus:
         running: Sessions at work.
         cycles: Generations that ended since the process began.
         fenced: Whether another runner took over.
+        stream_url: The session or pattern that the agent follows, `""` for rows without one.
     """
 
     agent: str
@@ -70,6 +75,7 @@ class ShardStatus:
     running: int
     cycles: int
     fenced: bool = False
+    stream_url: str = ""
 
 
 @dataclass(slots=True)
@@ -152,6 +158,7 @@ class AgentActor:
             running=sum(work.queue.running_count for work in self._works),
             cycles=sum(work.cycles for work in self._works),
             fenced=any(work.is_fenced for work in self._works),
+            stream_url=self._definition.stream_url,
         )
 
     async def run_cycle(self, session: str | None) -> bool:
@@ -224,7 +231,9 @@ class _PartitionWork:
             definition,
             database,
             partition.client,
+            partition.writes,
             ChunkFlusher(partition.client),
+            SilenceLimit(definition.idle_timeout_ms),
             Runner(definition.name, epoch),
             {tool.name: tool for tool in definition.tools},
         )
@@ -242,9 +251,17 @@ class _PartitionWork:
         self._cancels: dict[str, list[_CancelOrder]] = {}
         self._cancelling: set[str] = set()
         self._parked: set[str] = set()
+        # When calls of sessions at work were decided: their rows may have been read before.
+        self._decided_at: dict[str, int] = {}
+        # The sessions whose rows waited when the process began, until one has been answered.
+        self._leftovers: set[str] = set()
+        # The one that runs, of those that may be what ends the process.
+        self._suspect: GenerationRun | None = None
+        # Of a `session=`: open generations of rows that left the query, by what is at work on them.
+        self._orphans: dict[str, str] = {}
         self._failures: dict[str, int] = {}
         self._subscriptions: list[Subscription] = []
-        self._view: View | None = None
+        self._is_started = False
         self._changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -263,7 +280,7 @@ class _PartitionWork:
     # Hearing.
 
     async def start(self) -> None:
-        """Follow the pending rows, and begin with those that are there."""
+        """Follow the pending rows, begin with those that are there, and end what nobody awaits."""
         definition = self._definition
         if definition.pending_work is None:
             self._follow_messages()
@@ -279,19 +296,13 @@ class _PartitionWork:
             )
         )
         if definition.on_in_doubt == "park":
-            decided = msgspec.structs.replace(
-                self._filter("tool_calls"),
-                where=(("agent", (definition.name,)), ("status", _DECIDED)),
-            )
-            self._subscriptions.append(
-                self._client.feed.subscribe(
-                    decided, self._hear_decisions, self._see_decisions, snapshot=False
-                )
-            )
+            self._follow_decisions()
         for subscription in self._subscriptions:
             await asyncio.shield(subscription.ready)
-        if self._view is not None:
-            await self._view.ready()
+        if self.shard.view is not None:
+            await self.shard.view.ready()
+        self._is_started = True
+        await self._settle_orphans()
 
     def _filter(self, collection: str) -> Filter:
         url = self._definition.stream_url
@@ -316,6 +327,7 @@ class _PartitionWork:
         self._states.clear()
         self._state_bytes = 0
         entries: list[tuple[str, str, int]] = []
+        self._leftovers.update(row.session for row in rows)
         for row in rows:
             due_ms = self._due_ms(row.value)
             if due_ms is not None:
@@ -333,7 +345,7 @@ class _PartitionWork:
                 state.put_message(key, change.revision, value)
             due_ms = None if value is None else self._due_ms(value)
             if due_ms is None:
-                queue.discard(session, key)
+                self._discard(session, key)
             else:
                 queue.put(session, key, not_before_ms=due_ms, now_ms=now)
         self._dispatch()
@@ -362,7 +374,7 @@ class _PartitionWork:
         wanted = filter_of(query)
         if wanted.session is None:
             wanted = msgspec.structs.replace(wanted, buckets=self._buckets)
-        self._view = View(
+        self.shard.view = View(
             self._client, self._partition.writes, wanted, self._hear_query, shows_writes=False
         )
 
@@ -374,12 +386,24 @@ class _PartitionWork:
             known = self._pending_rows.pop(place, None)
             group = None if delta.op == "exit" else self._group_of(delta.row, storage)
             if known is not None and known[0] != group:
-                self.queue.discard(known[0], key)
+                self._discard(known[0], key)
             if group is not None:
                 self._pending_rows[place] = (group, delta.row)
                 self._storage[group] = storage
                 self.queue.put(group, key)
+                if not self._is_started:
+                    self._leftovers.add(group)
         self._dispatch()
+
+    def _discard(self, session: str, key: str) -> None:
+        """Take a row from the queue that waits no more; end what was begun for it and left."""
+        self.queue.discard(session, key)
+        is_left = session in self._parked or session in self._failures
+        if not is_left or self.is_retired or self._fenced is not None:
+            return
+        self._unpark(session)
+        if not self.queue.keys(session) and self.queue.seize(session):
+            self._begin(session)
 
     def _group_of(self, row: Any, storage: str) -> str | None:
         """Return which rows are answered one after the other, and together if several wait."""
@@ -410,8 +434,23 @@ class _PartitionWork:
             self._cancelling.add(request.id)
             self._spawn(self._carry_out_cancel(storage, request, revision))
 
+    def _follow_decisions(self) -> None:
+        calls = self._filter("tool_calls")
+        mine = ("agent", (self._definition.name,))
+        for decided in (("status", _DECIDED), ("approval", _APPROVALS)):
+            self._subscriptions.append(
+                self._client.feed.subscribe(
+                    msgspec.structs.replace(calls, where=(mine, decided)),
+                    self._hear_decisions,
+                    self._see_decisions,
+                    snapshot=False,
+                )
+            )
+
     def _hear_decisions(self, changes: Sequence[Change]) -> None:
         for change in changes:
+            if change.session in self._runs:
+                self._decided_at[change.session] = change.revision
             self._unpark(change.session)
         self._dispatch()
 
@@ -425,6 +464,35 @@ class _PartitionWork:
             self._parked.discard(session)
             self._forget(session)
             self.queue.wake(session, now_ms=now_ms())
+
+    # Beginning.
+
+    async def _settle_orphans(self) -> None:
+        """End what an earlier process began for rows that wait no more."""
+        mine = (("agent", (self._definition.name,)), ("status", ("running",)))
+        begun = msgspec.structs.replace(self._filter("generations"), where=mine)
+        _, rows = await self._client.read(begun)
+        for row in rows:
+            generation = decode_generation(row.value)
+            if self._is_waited_for(row.session, generation) or self._fenced is not None:
+                continue
+            session = row.session
+            if self._definition.session is not None:
+                # Of which group its rows were, only they can tell.
+                session = generation.id
+                self._storage[session] = row.session
+                self._orphans[session] = generation.id
+            # One that is at work there ends it before anything else.
+            if self.queue.seize(session):
+                await asyncio.wait([self._begin(session)])
+            if self._orphans.pop(session, None) is not None:
+                self._forget(session)
+
+    def _is_waited_for(self, storage: str, generation: GenerationRow) -> bool:
+        if self._definition.pending_work is None:
+            waiting = self.queue.keys(storage)
+            return not set(waiting).isdisjoint(generation.message_ids)
+        return any((storage, key) in self._pending_rows for key in generation.message_ids)
 
     # Working.
 
@@ -473,6 +541,7 @@ class _PartitionWork:
             return True
         finally:
             del self._runs[session]
+            self._decided_at.pop(session, None)
             self.queue.done(session, now_ms=now_ms())
             if not self.queue.keys(session):
                 self._storage.pop(session, None)
@@ -496,34 +565,82 @@ class _PartitionWork:
         orders = [order for order in self._cancels.get(session, ()) if not order.is_done]
         if orders:
             keys = self._keys_to_cancel(session, storage, state, orders)
-        else:
-            keys = self._waiting(session, self.queue.due_keys(session, now_ms=now_ms()), state)
-            if not keys:
-                return
-        rows = [self._pending_rows[storage, key][1] for key in keys if self._pending_rows]
-        run = GenerationRun(self.shard, storage, state, keys, rows)
-        if orders:
             if all(order.is_done for order in orders):
                 return
+        else:
+            keys = self._waiting(session, self.queue.due_keys(session, now_ms=now_ms()), state)
+        found = self._open_generation(session, state)
+        if found is None and not keys:
+            return
+        keys = self._keys_to_answer(keys, found, state)
+        is_suspect = bool(keys) and not orders and self._is_suspect(found, state)
+        if is_suspect and self._suspect is not None and self._suspect.is_suspect:
+            # Both may be what ends the process. The other one has its turn until a round is done.
+            self.queue.rest(session, until_ms=now_ms() + TURN_PAUSE_MS)
+            return
+        rows = [self._pending_rows[storage, key][1] for key in keys if self._pending_rows]
+        assignment = Assignment(keys, rows, found, session in self._leftovers)
+        run = GenerationRun(self.shard, storage, state, assignment)
+        if orders:
             run.cancel(orders[0].reason)
-        self._runs[session].run = run
-        self.shard.running += 1
-        size_before = state.size
-        try:
-            if not await run.run():
-                self._parked.add(session)
-                self.queue.rest(session)
-                return
-        finally:
-            self.shard.running -= 1
-            self._bound_states(size_before, state)
+        elif is_suspect:
+            self._suspect = run
+        if not await self._run(session, run, state):
+            return
         self.cycles += 1
+        self._leftovers.discard(session)
         # Answered: the feed will say so too, but until then they must not be taken again. A row
         # of a `pending_work` that changed meanwhile waits anew.
         taken = dict(zip(keys, rows, strict=True)) if rows else {}
         for key in run.answered:
             if not rows or self._pending_rows.get((storage, key), ("", None))[1] is taken.get(key):
                 self.queue.discard(session, key)
+
+    async def _run(self, session: str, run: GenerationRun, state: SessionState) -> bool:
+        """Run to the end of the generation; False if the session is parked instead."""
+        self._runs[session].run = run
+        self.shard.running += 1
+        size_before = state.size
+        try:
+            if await run.run():
+                return True
+        finally:
+            self.shard.running -= 1
+            self._bound_states(size_before, state)
+            if self._suspect is run:
+                self._suspect = None
+        if self._decided_at.get(session, 0) > state.revision:
+            # Decided after its rows were read: they are read again.
+            self._forget(session)
+        else:
+            self._parked.add(session)
+            self.queue.rest(session)
+        return False
+
+    def _open_generation(self, session: str, state: SessionState) -> GenerationRow | None:
+        """Return the generation that a run of the session goes on with."""
+        if self._definition.session is None:
+            return state.open_generation()
+        orphan = state.generations.get(self._orphans.get(session, ""))
+        if orphan is not None:
+            return None if orphan.is_terminal else orphan
+        return state.open_generation(self.queue.keys(session))
+
+    def _is_suspect(self, found: GenerationRow | None, state: SessionState) -> bool:
+        if found is None:
+            return False
+        is_interrupted = not state.was_written_since(found.id, self.shard.runner.epoch)
+        return cycle.is_suspect(found, is_interrupted=is_interrupted)
+
+    def _keys_to_answer(
+        self, keys: list[str], found: GenerationRow | None, state: SessionState
+    ) -> list[str]:
+        """Return what a run answers: of an open generation what is left of its own rows."""
+        if found is None:
+            return keys
+        if self._definition.pending_work is None:
+            return [key for key in found.message_ids if state.is_waiting(key)]
+        return [] if set(keys).isdisjoint(found.message_ids) else keys
 
     def _is_known(self, key: str, state: SessionState) -> bool:
         return self._definition.pending_work is not None or key in state.messages
@@ -568,8 +685,8 @@ class _PartitionWork:
         if self._definition.pending_work is None:
             known = [state.messages[key].revision for key in keys if key in state.messages]
         else:
-            assert self._view is not None
-            rows = [self._view.synced.get((storage, key)) for key in keys]
+            assert self.shard.view is not None
+            rows = [self.shard.view.synced.get((storage, key)) for key in keys]
             known = [row.revision for row in rows if row is not None]
         return not known or min(known) < revision
 
@@ -756,8 +873,8 @@ class _PartitionWork:
             self._timer.cancel()
         for subscription in self._subscriptions:
             self._client.feed.unsubscribe(subscription)
-        if self._view is not None:
-            self._view.close()
+        if self.shard.view is not None:
+            self.shard.view.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, context=self._context.copy())

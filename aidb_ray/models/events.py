@@ -108,19 +108,30 @@ class EventEncoder:
     def __init__(self) -> None:
         self._open_ids: dict[type[BaseEvent], str] = {}
 
+    def bare_text(self, event: BaseEvent) -> str | None:
+        """Return the payload of a fragment of text if that is all there is to say of the event.
+
+        Most events of most streams are such; `encode` comes to the same for them.
+        """
+        if type(event) is not TextMessageContentEvent:
+            return None
+        fields = event.__dict__
+        delta: str = fields["delta"]
+        if (
+            fields["message_id"] == self._open_ids.get(TextMessageContentEvent)
+            and len(event.__pydantic_fields_set__) == 2
+            and delta[:1] != _JSON_MARK
+        ):
+            return delta
+        return None
+
     def encode(self, event: BaseEvent) -> tuple[str, str]:
         """Return the event's type and its payload."""
+        text = self.bare_text(event)
+        if text is not None:
+            return "TEXT_MESSAGE_CONTENT", text
         cls = type(event)
         fields = event.__dict__
-        if cls is TextMessageContentEvent:
-            # Most events of most streams; the general way below comes to the same.
-            delta: str = fields["delta"]
-            if (
-                fields["message_id"] == self._open_ids.get(cls)
-                and len(event.__pydantic_fields_set__) == 2
-                and delta[:1] != _JSON_MARK
-            ):
-                return "TEXT_MESSAGE_CONTENT", delta
         id_field = _ID_FIELDS.get(cls)
         if id_field is None:
             return _TYPES[cls], _encode_json(event)

@@ -61,6 +61,10 @@ class Round:
         self._calls: dict[str, tuple[str, list[str]]] = {}
         self._last_call_id = ""
 
+    def add_text(self, text: str) -> None:
+        """Take in a fragment of text, as `add` does with the event that carries it."""
+        self._text.append(text)
+
     def add(self, event: BaseEvent) -> None:
         """Take in the next event.
 

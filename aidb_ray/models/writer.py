@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ag_ui.core import (
     Event,
     ReasoningEncryptedValueEvent,
@@ -50,6 +52,12 @@ class RoundWriter:
             self._texts += 1
             self._write(TextMessageStartEvent(message_id=self._text_id, role="assistant"))
         self._events.append(text_content(self._text_id, delta))
+
+    def texts(self, deltas: Sequence[str], message_id: str) -> None:
+        """Add fragments, one or more, to the text `message_id`."""
+        self.text(deltas[0], message_id)
+        text_id = self._text_id
+        self._events += [text_content(text_id, delta) for delta in deltas[1:]]
 
     def reasoning(self, delta: str, message_id: str) -> None:
         """Add to the reasoning that is shown."""

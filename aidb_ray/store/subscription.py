@@ -43,9 +43,10 @@ class Subscription:
     `on_rows(rows, revision)` comes first, with every row that passes; again, with all of them,
     when the store can no longer tell what was missed. `on_changes(changes)` follows with every
     later change, whole commits, in order; it may bring rows that fail `filter.where`, so look
-    again. With `snapshot=False` there is no `on_rows` but after such a loss, with no rows:
-    changes begin at the revision that `started` gives. `snapshot` may be a narrower filter than
-    the one that is followed: then only its rows come first.
+    again. With `snapshot=False` changes begin at the revision that `started` gives, and `on_rows`
+    comes only after such a loss, with no rows: what was missed is in the store by then, and every
+    change after its revision will be told. `snapshot` may be a narrower filter than the one that
+    is followed: then only its rows come first.
 
     Attributes:
         started: The revision after which changes are heard; NotReadyError if it ended before.
@@ -95,10 +96,16 @@ class Subscription:
     def begin(self, cursor: int) -> None:
         """Hear changes after `cursor` from now on."""
         self.is_active = True
-        if not self.started.done():
+        is_anew = self.started.done()
+        if not is_anew:
             self.started.set_result(cursor)
-        if self.snapshot is None and not self.ready.done():
+        if self.snapshot is not None:
+            return
+        if not self.ready.done():
             self.ready.set_result(None)
+        if is_anew:
+            # Told any earlier, it could look into the store before a commit that nobody hears of.
+            self.hear_rows([], cursor)
 
     def end(self, error: AidbError) -> None:
         """Tell whoever waits that it will not begin."""
@@ -249,11 +256,13 @@ class FeedReader:
         if self.cursor < 0:
             answer = await self._ask(())
             self._generation, self.cursor = answer.generation, answer.through
+        # One that begins anew is told so, and may end or add others.
+        while resting := [one for one in self._subscriptions if not one.is_active]:
+            for subscription in resting:
+                if subscription in self._subscriptions:
+                    self._activate(subscription)
         if self._filters is None:
             self._filters = tuple({s.filter: None for s in self._subscriptions})
-        for subscription in self._subscriptions:
-            if not subscription.is_active:
-                self._activate(subscription)
         must_hurry = any(revision > self.cursor for revision, _ in self._waiting)
         self._is_parked = not must_hurry
         try:
@@ -305,8 +314,6 @@ class FeedReader:
                 subscription.loading.cancel()
             if subscription.snapshot is not None:
                 subscription.held = []
-            else:
-                subscription.hear_rows([], -1)
 
     def _dispatch(self, changes: Sequence[Change]) -> None:
         heard: dict[Subscription, list[Change]] = {}

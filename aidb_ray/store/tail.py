@@ -78,6 +78,9 @@ class _Inbox:
 
     def hear(self, changes: Sequence[Change]) -> None:
         """Take whole commits from the feed."""
+        if self._is_lost:
+            # Behind a gap: told now, they would move `last` past what was missed.
+            return
         # A commit may be larger than the bound; then it must be the only one.
         if self._unread and len(self._unread) + len(changes) > self._max_unread:
             self._is_too_slow = True

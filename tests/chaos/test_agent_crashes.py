@@ -26,6 +26,7 @@ from aidb_ray import (
     Chunk,
     Database,
     Generation,
+    Retry,
     Session,
     ToolCall,
     connect,
@@ -40,7 +41,6 @@ from aidb_ray.store.frames import Frame
 from aidb_ray.store.log import CommitLog, Position
 from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel
 from tests.frame_builders import abandon
-from tests.integration.conftest import cluster as cluster
 
 pytestmark = pytest.mark.chaos
 
@@ -193,6 +193,7 @@ def converse(path: Path, outside: Outside, policy: Policy) -> Callable[[], Await
                     adapter=ScriptedModel(outside.play, tokens_per_second=2_000),
                     tools=[add],
                     on_in_doubt=policy,
+                    retry=Retry(max_interruptions=100),
                 )
             )
             await agent.send("sum", session=URL, message_id="m").reply(timeout_ms=60_000)
@@ -249,7 +250,7 @@ def check_end(rows: Rows, policy: Policy, *, crashes: int) -> None:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     # Small flushes, so that there are frames in the middle of each stream.
-    monkeypatch.setattr("aidb_ray.agents.run.FLUSH_CHUNKS", 4)
+    monkeypatch.setattr("aidb_ray.agents.recorder.FLUSH_CHUNKS", 4)
     return Disk(monkeypatch)
 
 

@@ -58,10 +58,10 @@ class Visitor:
         [status] = await self._agent.status()
         return os.getpid(), reply.content, status.pid
 
-    async def ask_by_name(self, name: str, text: str) -> str:
+    async def ask_by_name(self, name: str, text: str, session: str | None = URL) -> str:
         found = self._database.agent(name)
         await found.ready()
-        return (await found.send(text, session=URL).reply(timeout_ms=SOON_MS)).content
+        return (await found.send(text, session=session).reply(timeout_ms=SOON_MS)).content
 
 
 async def test_an_agent_works_in_its_own_process_and_its_handle_travels(
@@ -78,6 +78,9 @@ async def test_an_agent_works_in_its_own_process_and_its_handle_travels(
     assert content == "You said hello."
     assert len({there, pid, os.getpid()}) == 3
     assert await visitor.ask(Visitor.ask_by_name, "echo", "again") == "You said again."
+    create_agent(durable_agent(name="one", adapter=ScriptedModel(play), stream_url="aidb://one"))
+    await db.agent("one").ready()
+    assert await visitor.ask(Visitor.ask_by_name, "one", "hi", None) == "You said hi."
     with pytest.raises(ConfigError) as raised:
         await visitor.ask(Visitor.ask_by_name, "nobody", "hello")
     assert raised.value.code == "agent_missing"

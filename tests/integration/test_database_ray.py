@@ -15,9 +15,18 @@ from typing import Any
 import pytest
 
 import aidb_ray
-from aidb_ray import Collection, ConfigError, Database, StoreMismatchError, connect
-from aidb_ray.runtime import ActorOptions, spawn
+from aidb_ray import (
+    Collection,
+    ConfigError,
+    Database,
+    StoreMismatchError,
+    connect,
+    create_agent,
+    durable_agent,
+)
+from aidb_ray.runtime import ActorOptions, find, spawn
 from aidb_ray.store.changes import Change
+from aidb_ray.testing import ScriptedModel
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -207,6 +216,22 @@ async def test_closing_one_of_two_connections_leaves_the_other_its_store(db: Dat
 
     assert await rows.find("a") == {"id": "a"}
     await rows.insert({"id": "b"})
+
+
+async def test_an_agent_ends_with_the_last_connection_to_its_database(tmp_path: Path) -> None:
+    name = f"db{time.monotonic_ns()}"
+    one = await connect(data_dir=tmp_path, database=name)
+    other = await connect(data_dir=tmp_path, database=name)
+    definition = durable_agent(name="echo", adapter=ScriptedModel(lambda _: "Yes."))
+    await create_agent(definition, database=one).ready()
+
+    await one.aclose()
+    asked = other.agent("echo").send("Are you there?", session="aidb://echo/1")
+    assert (await asked.reply(timeout_ms=SOON_S * 1000)).content == "Yes."
+    await other.aclose()
+
+    assert await find(Visitor, f"aidb/{name}/agent/echo/0") is None
+    assert await find(Visitor, f"aidb/{name}/p0") is None
 
 
 async def test_a_running_database_is_not_taken_for_another(db: Database) -> None:

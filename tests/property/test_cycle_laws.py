@@ -28,7 +28,7 @@ from aidb_ray.agents.definition import Retry, UsageLimits
 from aidb_ray.agents.rows import GenerationRow, ToolCallRow, UsageRow
 from aidb_ray.models.base import ToolCallRequest, Usage
 
-RETRY = Retry(max_attempts=3, first_pause_ms=10, longest_pause_ms=40)
+RETRY = Retry(max_attempts=3, first_pause_ms=10, longest_pause_ms=40, max_interruptions=5)
 
 
 @dataclass
@@ -38,12 +38,18 @@ class Rows:
     rounds: list[str] = field(default_factory=list[str])
     calls: dict[str, ToolCallRow] = field(default_factory=dict[str, ToolCallRow])
     attempt: int = 1
+    interruptions: int = 0
     usage: Usage = field(default_factory=Usage)
 
     def generation(self) -> GenerationRow:
         usage = UsageRow(self.usage.input_tokens, self.usage.output_tokens, 0)
         return GenerationRow(
-            "g", "echo", rounds=list(self.rounds), attempt=self.attempt, usage=usage
+            "g",
+            "echo",
+            rounds=list(self.rounds),
+            attempt=self.attempt,
+            interruptions=self.interruptions,
+            usage=usage,
         )
 
 
@@ -60,6 +66,7 @@ class World:
     rounds_finished: int = 0
     calls_run: dict[str, int] = field(default_factory=dict[str, int])
     doubts: int = 0
+    crashes: int = 0
 
     def happen(self, event: Event) -> None:
         was_ended = self.cycle.phase == "ended"
@@ -88,6 +95,8 @@ class World:
                 assert not self.rows.calls.keys() & set(keys), "a key is used again"
                 number = len(self.rows.rounds)
                 self.rows.rounds = list(self.cycle.rounds)
+                self.rows.interruptions = self.cycle.interruptions
+                self.crashes = 0
                 self.rows.usage = self.cycle.usage
                 for key in keys:
                     self.rows.calls[key] = ToolCallRow(
@@ -107,11 +116,17 @@ class World:
             return
         before = self.cycle
         self.cycle, self.command = resume(
-            self.rows.generation(), list(self.rows.calls.values()), "retry"
+            self.rows.generation(), list(self.rows.calls.values()), "retry", self.limits
         )
         self.failures = 0
+        self.crashes += 1
+        if isinstance(self.command, End):
+            assert self.crashes == RETRY.max_interruptions
+            self.ends.append(self.command)
+            return
         assert self.cycle.attempt == self.rows.attempt + 1
         self.rows.attempt = self.cycle.attempt
+        self.rows.interruptions = self.cycle.interruptions
         if isinstance(self.command, RunAgain):
             for key in self.command.keys:
                 self.calls_run[key] += 1
@@ -128,6 +143,7 @@ class World:
         assert cycle.call_count == len(self.rows.calls)
         assert len(cycle.rounds) < self.limits.max_rounds
         assert self.failures < RETRY.max_attempts or cycle.phase == "ended"
+        assert self.crashes == cycle.interruptions < RETRY.max_interruptions
         cap = self.limits.usage.max_tool_calls
         assert cap is None or len(self.rows.calls) <= cap
 

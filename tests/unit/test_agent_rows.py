@@ -29,6 +29,7 @@ ROWS: list[tuple[GenerationRow | ToolCallRow | MessageRow, type[BaseModel]]] = [
             ["m1", "m2"],
             ["first"],
             2,
+            1,
             UsageRow(3, 4, 7),
             "It broke.",
             "model_error",

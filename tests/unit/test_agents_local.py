@@ -20,6 +20,7 @@ from aidb_ray import (
     FencedError,
     Generation,
     ModelError,
+    NotReadyError,
     Retry,
     RunCancelledError,
     ToolCall,
@@ -33,10 +34,12 @@ from aidb_ray import (
     replay,
     tool,
 )
+from aidb_ray.agents.cycle import ALONE_AFTER
 from aidb_ray.agents.drain import DrainLifecycle
 from aidb_ray.agents.replies import ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor
+from aidb_ray.chunks import ChunkCollection
 from aidb_ray.contracts import GenerationStatus, ToolCallStatus, utc_now
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import ToolContext
@@ -85,6 +88,15 @@ class Model:
 async def db() -> AsyncIterator[Database]:
     async with connect("local", durability="memory") as database:
         yield database
+
+
+@pytest.fixture
+async def elsewhere(db: Database) -> AsyncIterator[Database]:
+    """A second connection to the same store, as another process has."""
+    other = Database(db.name, db._refs, data_dir=db.data_dir, cluster=None)
+    yield other
+    for partition in other.partitions:
+        await partition.aclose()
 
 
 async def start(model: Model | Player, **options: Any) -> Agent:
@@ -777,6 +789,42 @@ async def test_an_equal_definition_attaches(db: Database) -> None:
     assert after.epoch == before.epoch
 
 
+async def test_a_handle_by_name_learns_the_agent_s_one_session(
+    db: Database, elsewhere: Database
+) -> None:
+    agent = await start(Model(), stream_url=URL)
+    elsewhere.local_shards = db.local_shards
+    found = elsewhere.agent("echo")
+    with pytest.raises(NotReadyError):
+        found.send("too early")
+
+    await found.ready()
+
+    assert (await found.send("hello").reply(timeout_ms=SOON_MS)).content == "You said hello."
+    assert found.collections.session.url == agent.collections.session.url == URL
+    with pytest.raises(ConfigError) as raised:
+        found.send("hello", session="aidb://echo/2")
+    assert raised.value.code == "foreign_session"
+    await found.detach()
+
+
+async def test_a_handle_by_name_of_a_pattern_needs_a_session(
+    db: Database, elsewhere: Database
+) -> None:
+    await start(Model())
+    elsewhere.local_shards = db.local_shards
+    found = elsewhere.agent("echo")
+    early = found.send("one", session=URL)
+    await found.ready()
+
+    with pytest.raises(ConfigError) as raised:
+        found.send("hello")
+    assert raised.value.code == "session_required"
+    assert (await early.reply(timeout_ms=SOON_MS)).content == "You said one."
+    assert (await ask(found, "two")).content == "You said two."
+    await found.detach()
+
+
 async def test_another_definition_replaces_after_what_runs_has_ended(db: Database) -> None:
     old_model, new_model = Model(lambda _: "old"), Model(lambda _: "new")
     old = await start(old_model, version="1")
@@ -839,6 +887,37 @@ async def test_ending_an_agent_ends_what_it_started_and_a_later_one_goes_on(
     reply = await again.reply_to(handle.message_id, session=URL).reply(timeout_ms=SOON_MS)
     assert reply.content == "You said hello."
     assert len(await generations(db)) == 1
+
+
+async def test_ending_an_agent_while_a_tool_runs_leaves_its_call_to_a_later_one(
+    db: Database,
+) -> None:
+    ran, attempts = asyncio.Event(), list[int]()
+
+    @tool
+    async def add(a: int, b: int, ctx: ToolContext) -> int:
+        """Come back the second time."""
+        attempts.append(ctx.attempt)
+        ran.set()
+        if ctx.attempt == 1:
+            await asyncio.Event().wait()
+        return a + b
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        last = messages[-1]
+        return "done" if last.role == "tool" else CallTool("add", {"a": 1, "b": 2})
+
+    agent = await start(play, tools=[add])
+    handle = agent.send("sum", session=URL)
+    await ran.wait()
+    await agent.aclose()
+    [stopped] = await generations(db)
+    assert stopped.status == "running"
+
+    again = await start(play, tools=[add])
+    reply = await again.reply_to(handle.message_id, session=URL).reply(timeout_ms=SOON_MS)
+
+    assert (reply.content, attempts) == ("done", [1, 2])
 
 
 async def test_two_runners_the_older_is_refused_and_stops(db: Database) -> None:
@@ -1152,6 +1231,74 @@ async def test_a_call_in_doubt_waits_for_a_person_to_decide(db: Database) -> Non
     assert (ended.status, ended.attempt) == ("completed", 2)
 
 
+@pytest.mark.parametrize(
+    ("decision", "content", "attempt"),
+    [
+        ({"status": "completed", "result": 30}, "It is 30.", 1),
+        ({"status": "failed", "error": "It was not sent."}, "It was not sent.", 1),
+        ({"status": "cancelled"}, "cancelled", 1),
+        ({"approval": "approved"}, "It is 3.", 2),
+        ({"approval": "rejected"}, "rejected", 1),
+    ],
+    ids=str,
+)
+async def test_a_call_in_doubt_is_decided_by_its_row_from_another_process(
+    db: Database, elsewhere: Database, decision: dict[str, Any], content: str, attempt: int
+) -> None:
+    key = await leave_call(db)
+    agent = await start(sum_player, tools=[add], on_in_doubt="park")
+    assert (await agent.drain_until_idle()).completed
+    handle = agent.reply_to("m", session=URL)
+
+    await elsewhere.session(URL).tool_calls.update(key, decision)
+
+    assert content in (await handle.reply(timeout_ms=SOON_MS)).content
+    [call] = await calls(db)
+    assert call.attempt == attempt
+    assert call.status.is_terminal
+
+
+async def test_an_approval_holds_for_one_attempt(db: Database, elsewhere: Database) -> None:
+    ran = asyncio.Event()
+
+    @tool
+    async def add(a: int, b: int) -> int:
+        """Never come back."""
+        ran.set()
+        await asyncio.Event().wait()
+        return a + b
+
+    key = await leave_call(db)
+    agent = await start(sum_player, tools=[add], on_in_doubt="park")
+    await elsewhere.session(URL).tool_calls.update(key, {"approval": "approved"})
+    await ran.wait()
+    await agent.aclose()
+
+    again = await start(sum_player, tools=[add], on_in_doubt="park")
+    assert (await again.drain_until_idle()).completed
+    [call] = await calls(db)
+    assert (call.status, call.attempt, call.approval) == ("executing", 2, None)
+
+
+async def test_a_decision_that_is_heard_before_the_rows_arrive_is_seen(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = await leave_call(db)
+    reading = HeldRead(db, monkeypatch)
+    agent = create_agent(
+        durable_agent(
+            name="echo", adapter=ScriptedModel(sum_player), tools=[add], on_in_doubt="park"
+        )
+    )
+    await reading.asked.wait()
+    await db.session(URL).tool_calls.update(key, {"status": "completed", "result": 30})
+    await heard_everything(db)
+    reading.door.set()
+
+    reply = await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "It is 30."
+
+
 async def test_a_session_that_waits_for_a_person_can_be_cancelled(db: Database) -> None:
     await leave_call(db)
     agent = await start(Model(), tools=[add], on_in_doubt="park")
@@ -1163,6 +1310,27 @@ async def test_a_session_that_waits_for_a_person_can_be_cancelled(db: Database) 
     assert [call.status for call in await calls(db)] == ["cancelled"]
     assert [generation.status for generation in await generations(db)] == ["cancelled"]
     assert (await ask(agent, "next")).content == "You said next."
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_a_parked_generation_that_nobody_waits_for_any_more_is_ended(
+    db: Database, elsewhere: Database, others: int
+) -> None:
+    await leave_call(db)
+    agent = await start(Model(), tools=[add], on_in_doubt="park")
+    assert (await agent.drain_until_idle()).completed
+    later = [agent.send("next", session=URL) for _ in range(others)]
+    for handle in later:
+        await written(handle)
+    handle = agent.reply_to("m", session=URL)
+
+    await elsewhere.session(URL).messages.update("m", {"processed": True})
+
+    with pytest.raises(RunCancelledError):
+        await handle.reply(timeout_ms=SOON_MS)
+    assert [call.status for call in await calls(db)] == ["cancelled"]
+    for handle in later:
+        assert (await handle.reply(timeout_ms=SOON_MS)).content == "You said next."
 
 
 @pytest.mark.parametrize(
@@ -1209,6 +1377,19 @@ async def test_a_generation_that_nobody_waits_for_is_ended_without_the_model(
     }
 
 
+async def test_a_generation_that_nobody_waits_for_is_ended_when_the_agent_starts(
+    db: Database,
+) -> None:
+    await leave_call(db)
+    await db.session(URL).messages.update("m", {"processed": True})
+
+    await start(Model(), tools=[add])
+
+    [generation] = await generations(db)
+    assert (generation.status, generation.error) == ("cancelled", "Nobody waits for it any more.")
+    assert [call.status for call in await calls(db)] == ["cancelled"]
+
+
 # Collections of the user's own.
 
 
@@ -1251,6 +1432,82 @@ async def start_raw(
 async def raw_rows(db: Database) -> list[Task]:
     tasks = tasks_of(db)
     return await db.query(lambda q: q.from_(t=tasks).order_by(lambda t: t.id))
+
+
+async def raw_generations(db: Database) -> list[Generation]:
+    generations = db.collection("generations", Generation)
+    return await db.query(lambda q: q.from_(g=generations).order_by(lambda g: g.id))
+
+
+async def leave_generation(db: Database, key: str, *, done: bool) -> None:
+    """Leave what a process leaves that dies while it answers a row, which may be done since."""
+    await tasks_of(db).insert({"id": key, "thread": key, "done": done})
+    await db.collection("generations", Generation).insert(
+        Generation(
+            id=f"g-{key}",
+            agent="planner",
+            status=GenerationStatus.RUNNING,
+            message_ids=[key],
+            # So often that it would have to wait its turn if it ran.
+            interruptions=ALONE_AFTER,
+        )
+    )
+
+
+async def test_a_generation_whose_rows_left_the_query_is_ended_when_the_agent_starts(
+    db: Database,
+) -> None:
+    await leave_generation(db, "a", done=True)
+
+    await start_raw(db, lambda _: "done")
+
+    [generation] = await raw_generations(db)
+    assert (generation.status, generation.message_ids) == ("cancelled", ["a"])
+    assert generation.error == "Nobody waits for it any more."
+    chunks = [c async for c in replay(ChunkCollection(db, ""), generation_id="g-a", follow=True)]
+    assert [chunk.type for chunk in chunks] == ["CUSTOM"]
+
+
+async def test_of_generations_of_many_groups_those_are_ended_that_nobody_waits_for(
+    db: Database,
+) -> None:
+    for key, done in (("a", True), ("b", False), ("c", True)):
+        await leave_generation(db, key, done=done)
+    asked: list[str] = []
+    door = asyncio.Event()
+
+    async def generate(ctx: GenerateContext[Any]) -> str:
+        asked.extend(row.id for row in ctx.pending)
+        await door.wait()
+        return "done"
+
+    def respond(_: str, pending: list[Task]) -> None:
+        tasks_of(db).update(pending[0].id, {"done": True})
+
+    agent = await start_raw(db, generate, session=lambda row: row.thread, on_response=respond)
+    assert [row.status for row in await raw_generations(db)][::2] == ["cancelled", "cancelled"]
+    door.set()
+    assert (await agent.drain_until_idle()).completed
+
+    assert asked == ["b"]
+    assert [row.status for row in await raw_generations(db)][1:2] == ["completed"]
+    assert (await agent.status())[0].pending == 0
+
+
+async def test_a_row_does_not_take_over_the_generation_of_one_that_left_the_query(
+    db: Database,
+) -> None:
+    await leave_generation(db, "a", done=True)
+    await tasks_of(db).insert({"id": "b"})
+
+    def respond(_: str, pending: list[Task]) -> None:
+        tasks_of(db).update(pending[0].id, {"done": True})
+
+    agent = await start_raw(db, lambda _: "done", on_response=respond)
+    assert (await agent.drain_until_idle()).completed
+
+    ended = {row.message_ids[0]: (row.status, row.attempt) for row in await raw_generations(db)}
+    assert ended == {"a": ("cancelled", 2), "b": ("completed", 1)}
 
 
 async def test_a_raw_agent_answers_rows_of_the_user_s_own(db: Database) -> None:
@@ -1341,6 +1598,77 @@ async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Da
     [generation] = await db.query(lambda q: q.from_(g=generations))
     assert (generation.status, generation.error_code) == ("failed", "agent_error")
     assert "mistake" in str(generation.error)
+
+
+async def test_on_response_may_change_a_draft_of_a_row_that_others_wrote(
+    db: Database, elsewhere: Database
+) -> None:
+    seen: list[Task | None] = []
+
+    def finish(draft: Any) -> None:
+        draft.body += "!"
+        draft.done = True
+
+    def respond(_: str, pending: list[Task]) -> None:
+        for row in pending:
+            tasks = tasks_of(db)
+            seen.append(tasks.get(row.id))
+            tasks.update(row.id, finish)
+
+    agent = await start_raw(db, lambda _: "done", on_response=respond)
+    await tasks_of(elsewhere).insert({"id": "a", "body": "x"})
+    await heard_everything(db)
+    assert (await agent.drain_until_idle()).completed
+
+    assert seen == [Task(id="a", body="x")]
+    assert await raw_rows(db) == [Task(id="a", body="x!", done=True)]
+
+
+@pytest.mark.parametrize("change", [{"thread": "new"}, {"target": "other", "thread": "new"}])
+async def test_a_draft_in_on_response_is_of_the_row_as_it_is_now(
+    db: Database, elsewhere: Database, change: dict[str, Any]
+) -> None:
+    """Also if it has left the query since it was taken."""
+
+    async def generate(_: GenerateContext[Any]) -> str:
+        await tasks_of(elsewhere).update("a", change)
+        await heard_everything(db)
+        return "done"
+
+    def respond(_: str, pending: list[Task]) -> None:
+        def finish(draft: Any) -> None:
+            draft.body = f"{pending[0].thread} {draft.thread}"
+            draft.done = True
+
+        tasks_of(db).update("a", finish)
+
+    agent = await start_raw(db, generate, on_response=respond)
+    await tasks_of(elsewhere).insert({"id": "a", "thread": "old"})
+    await heard_everything(db)
+    assert (await agent.drain_until_idle()).completed
+
+    assert await raw_rows(db) == [Task(id="a", body="old new", done=True, **change)]
+
+
+async def test_a_draft_of_a_row_that_was_deleted_fails_the_generation(
+    db: Database, elsewhere: Database
+) -> None:
+    async def generate(_: GenerateContext[Any]) -> str:
+        await tasks_of(elsewhere).delete("a")
+        await heard_everything(db)
+        return "done"
+
+    def respond(_: str, pending: list[Task]) -> None:
+        tasks_of(db).update(pending[0].id, lambda draft: None)
+
+    agent = await start_raw(db, generate, on_response=respond)
+    await tasks_of(elsewhere).insert({"id": "a"})
+    await heard_everything(db)
+    assert (await agent.drain_until_idle()).completed
+
+    [generation] = await raw_generations(db)
+    assert generation.status == "failed"
+    assert "does not exist" in str(generation.error)
 
 
 async def test_a_condition_of_on_response_that_does_not_hold_fails_the_generation(

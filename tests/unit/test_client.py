@@ -150,13 +150,20 @@ async def test_cancelling_who_waits_cancels_no_commit(tmp_path: Path) -> None:
         async def write(key: str) -> int:
             return await client.commit([insert(key)])
 
-        leaving, staying = (asyncio.create_task(write(key)) for key in ("a", "b"))
-        await asyncio.sleep(0)
-        leaving.cancel()
+        store.files.hold_syncs()
+        sent = asyncio.create_task(write("sent"))
+        await until(lambda: store.actor._taken)
+        queued, staying = (asyncio.create_task(write(key)) for key in ("queued", "staying"))
+        await until(lambda: len(client._queue) == 2)
+        sent.cancel()
+        queued.cancel()
+        store.files.let_syncs_go()
         await staying
         await client.drain()
 
-        assert await keys(store) == ["a", "b", "first"]
+        assert sent.cancelled()
+        assert queued.cancelled()
+        assert await keys(store) == ["first", "queued", "sent", "staying"]
 
 
 async def test_giving_up_says_unknown_and_fences_what_may_still_come(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
 import pytest
 
 from aidb_ray.agents.cycle import (
+    ALONE_AFTER,
     AnswerInDoubt,
     AskModel,
     CallFinished,
@@ -20,6 +22,7 @@ from aidb_ray.agents.cycle import (
     RunAgain,
     RunCalls,
     advance,
+    is_suspect,
     resume,
 )
 from aidb_ray.agents.definition import Retry, UsageLimits
@@ -281,7 +284,7 @@ CRASHES: list[tuple[str, list[str], list[ToolCallRow], InDoubt, str, Command]] =
 def test_a_crash(
     rounds: list[str], calls: list[ToolCallRow], in_doubt: InDoubt, phase: str, command: Command
 ) -> None:
-    cycle, found = resume(generation(*rounds, attempt=3), calls, in_doubt)
+    cycle, found = resume(generation(*rounds, attempt=3), calls, in_doubt, LIMITS)
 
     assert found == command
     assert cycle.phase == phase
@@ -294,4 +297,61 @@ def test_a_crash(
 
 def test_what_has_ended_is_not_resumed() -> None:
     with pytest.raises(AssertionError):
-        resume(GenerationRow("g", "echo", "completed"), [], "retry")
+        resume(GenerationRow("g", "echo", "completed"), [], "retry", LIMITS)
+
+
+def interrupted(times: int) -> GenerationRow:
+    return GenerationRow("g", "echo", "running", ["m"], interruptions=times)
+
+
+def test_each_process_that_ends_in_a_round_is_counted_and_the_last_fails_it() -> None:
+    limits = Limits(retry=Retry(max_interruptions=3))
+
+    counted, command = resume(interrupted(1), [], "retry", limits)
+    ended, end = resume(interrupted(2), [call(0, 0, "executing")], "park", limits)
+
+    assert (counted.interruptions, command) == (2, AskModel())
+    assert ended.phase == "ended"
+    assert isinstance(end, End)
+    assert (end.ending, end.code) == ("failed", "interrupted")
+    assert "3 times in a row" in end.error
+
+
+def test_going_on_in_the_same_process_counts_nothing() -> None:
+    cycle, command = resume(interrupted(2), [], "retry", LIMITS, is_interrupted=False)
+
+    assert (cycle.interruptions, command) == (2, AskModel())
+
+
+def test_a_finished_round_with_calls_forgets_the_interruptions() -> None:
+    cycle, _ = advance(Cycle("g", interruptions=2), RoundFinished("hm", (ADD,)), LIMITS)
+
+    assert cycle.interruptions == 0
+
+
+@pytest.mark.parametrize(("times", "alone"), [(ALONE_AFTER - 1, False), (ALONE_AFTER, True)])
+def test_what_was_interrupted_often_is_suspected(times: int, *, alone: bool) -> None:
+    assert is_suspect(interrupted(times - 1), is_interrupted=True) == alone
+    assert is_suspect(interrupted(times), is_interrupted=False) == alone
+    assert Cycle("g", interruptions=times).is_suspect == alone
+
+
+def decided(number: int, approval: str | None) -> ToolCallRow:
+    return msgspec.structs.replace(call(0, number, "executing"), approval=approval)
+
+
+@pytest.mark.parametrize(
+    ("approvals", "command"),
+    [
+        (["approved", None], Park(("g:0:1",))),
+        (["rejected", "needed"], Park(("g:0:1",))),
+        (["approved", "rejected"], RunAgain(("g:0:0",), ("g:0:1",))),
+        (["rejected", "rejected"], RunAgain((), ("g:0:0", "g:0:1"))),
+    ],
+)
+def test_nothing_is_done_before_every_call_in_doubt_is_decided(
+    approvals: list[str | None], command: Command
+) -> None:
+    calls = [decided(number, approval) for number, approval in enumerate(approvals)]
+
+    assert resume(generation("one"), calls, "park", LIMITS)[1] == command

@@ -27,6 +27,8 @@ from aidb_ray.errors import (
 )
 from aidb_ray.expressions import eq
 from aidb_ray.store import actor as actor_module
+from aidb_ray.store.directory import DirectoryLock
+from tests.stores import SESSION, insert, until
 
 HELLO = {"role": "user", "actor_id": "u", "content": "hi"}
 
@@ -189,6 +191,48 @@ async def test_a_directory_that_another_process_has_open_is_named_with_its_holde
 
     async with connect_here(tmp_path):
         pass
+
+
+async def test_a_directory_that_this_process_has_open_is_refused_at_once(tmp_path: Path) -> None:
+    async with asyncio.timeout(10), connect_here(tmp_path):
+        for spelling in (tmp_path, tmp_path / "elsewhere" / ".."):
+            with pytest.raises(StoreLockedError, match="in this process already") as caught:
+                await connect_here(spelling)
+            assert caught.value.pid == os.getpid()
+        # Not the same rows: other databases, and those in memory.
+        async with connect_here(tmp_path, database="other"):
+            pass
+        async with connect_here(tmp_path, durability="memory"):
+            pass
+
+
+async def test_a_directory_that_this_process_still_closes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals: list[Path] = []
+    refuse = DirectoryLock._busy
+
+    def count(lock: DirectoryLock, fd: int, path: Path) -> StoreLockedError:
+        refusals.append(path)
+        return refuse(lock, fd, path)
+
+    monkeypatch.setattr(DirectoryLock, "_busy", count)
+    db = await connect_here(tmp_path)
+    is_written = asyncio.Event()
+
+    async def write() -> None:
+        await is_written.wait()
+        await db.partitions[0].client.commit([insert("late")])
+
+    db.partitions[0].spawn(write())
+    closing = asyncio.create_task(db.aclose())
+    await until(lambda: db.is_closed)
+    connecting = asyncio.create_task(_connect(tmp_path))
+    await until(lambda: refusals)
+    is_written.set()
+    await closing
+    async with await connecting as again:
+        assert await again.collection("rows", session=SESSION).find("late") is not None
 
 
 async def test_drivers_that_create_a_database_at_once_share_it(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ async def test_a_row_that_its_type_cannot_hold_is_told_to_readers(tmp_path: Path
         await live.ready()
         reading = aiter(live)
         waiting = asyncio.ensure_future(anext(reading))
-        await asyncio.sleep(0)
+        await until(lambda: live._readers)
 
         await Process(store).collection("rows").insert({"id": "a", "n": "many"})
         delta = await waiting

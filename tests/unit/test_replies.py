@@ -170,6 +170,62 @@ async def test_ends_that_the_feed_lost_are_looked_up(db: Database, agent: Agent)
     assert (await reading).content == "to m"
 
 
+async def test_an_end_that_is_written_while_a_lost_feed_begins_anew_is_looked_up(
+    db: Database, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = agent.send("hello", session=URL, message_id="m")
+    reading = asyncio.create_task(handle.reply(timeout_ms=SOON_MS))
+    await agent._listen_in(URL).ready()
+    feed = db.partitions[0].client.feed
+    poll_once = feed._poll_once
+
+    async def answer_between() -> None:
+        if feed.cursor < 0:
+            # Who was told of the loss too early has looked by then.
+            await db.session(URL).messages.find("m")
+            await answer(db, "m")
+        await poll_once()
+
+    monkeypatch.setattr(feed, "_poll_once", answer_between)
+    feed._generation = "of another store"
+    note = {"role": "assistant", "actor_id": "echo", "content": "a moment", "processed": True}
+    await db.session(URL).messages.insert(note)
+    assert (await reading).content == "to m"
+
+
+async def test_a_message_on_its_way_while_a_lost_feed_begins_anew_is_not_missing(
+    db: Database, agent: Agent
+) -> None:
+    replies = agent._listen_in(URL)
+    await replies.ready()
+    handle = agent.send("hello", session=URL, message_id="m")
+
+    replies._start_anew([], 0)
+
+    assert not replies._tasks, "nobody looks for it before it is there"
+    assert handle.sent is not None
+    await handle.sent
+    await answer(db, "m")
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "to m"
+
+
+async def test_a_message_and_its_end_that_a_lost_feed_missed_are_looked_up(
+    db: Database, agent: Agent
+) -> None:
+    replies = agent._listen_in(URL)
+    await replies.ready()
+    for subscription in replies._subscriptions:
+        db.partitions[0].client.feed.unsubscribe(subscription)
+    handle = agent.send("hello", session=URL, message_id="m")
+
+    replies._start_anew([], 1_000)
+
+    assert handle.sent is not None
+    await handle.sent
+    await answer(db, "m")
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "to m"
+
+
 async def test_what_nobody_waits_for_is_not_kept_for_ever(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,7 +205,7 @@ async def test_a_fake_clock_wakes_sleepers_in_order() -> None:
     ]
     gone = asyncio.create_task(sleep("cancelled", 5))
     await sleep("now", 0)
-    await asyncio.sleep(0)
+    await until(lambda: clock.sleepers == 4)
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
     assert clock.sleepers == 3

@@ -11,7 +11,7 @@ import pytest
 from aidb_ray.errors import CompactedError, NotReadyError, StoreMismatchError
 from aidb_ray.store.changes import Change, Delete, Filter, FoundRow, Update
 from aidb_ray.store.client import StoreClient
-from tests.stores import SESSION, insert, open_store, row, until
+from tests.stores import SESSION, Store, insert, open_store, row, until
 
 ROWS = Filter("rows", SESSION)
 
@@ -126,13 +126,85 @@ async def test_falling_behind_starts_anew_with_all_rows(
 
         assert reader.rows == await stored(client)
         assert sorted(reader.rows) == ["b", "c"]
-        assert quiet.begins == [-1]
-        await until(lambda: quiet.subscription.is_active)
+        assert quiet.begins == [revision]
         await writer.commit([insert("d")])
         await caught_up(client)
         assert reader.rows == await stored(client)
         assert [change.key for change in quiet.told if change.revision > revision] == ["d"]
         assert "starts anew" in caplog.text
+
+
+async def test_what_is_committed_while_the_feed_begins_anew_is_found_in_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(tmp_path) as store:
+        writer, client = store.client(), store.client()
+        looks: list[asyncio.Task[dict[str, bytes]]] = []
+        reader = Reader(client, ROWS, snapshot=False)
+
+        def look(_rows: Sequence[FoundRow], _revision: int) -> None:
+            looks.append(asyncio.create_task(stored(client)))
+
+        reader.subscription.on_rows = look
+        await reader.subscription.started
+
+        async def commit_between() -> None:
+            # Who was told too early has looked by then.
+            await stored(writer)
+            await writer.commit([insert("between")])
+
+        lose_feed(store, client, commit_between, monkeypatch)
+        await writer.commit([insert("missed")])
+        await until(lambda: looks and client.feed.cursor >= 0)
+        await client.feed.reached(await writer.commit([insert("later")]))
+
+        found = await asyncio.gather(*looks)
+        assert [sorted(rows) for rows in found] == [["between", "missed"]]
+        assert list(reader.rows) == ["later"]
+
+
+def lose_feed(
+    store: Store,
+    client: StoreClient,
+    meanwhile: Callable[[], Awaitable[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Make the next change start everything anew, and run `meanwhile` before anyone hears again."""
+    ask = store.ask
+
+    async def ask_late(method: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        if method.__name__ == "poll" and client.feed.cursor < 0:
+            await meanwhile()
+        return await ask(method, *args)
+
+    monkeypatch.setattr(store, "ask", ask_late)
+    client.feed._generation = "of another store"
+
+
+async def test_who_is_told_of_a_loss_may_end_and_begin_subscriptions(
+    tmp_path: Path,
+) -> None:
+    async with open_store(tmp_path) as store:
+        writer, client = store.client(), store.client()
+        first = Reader(client, ROWS, snapshot=False)
+        second = Reader(client, ROWS, snapshot=False)
+        added: list[Reader] = []
+
+        def replace_both(*_: object) -> None:
+            client.feed.unsubscribe(first.subscription)
+            client.feed.unsubscribe(second.subscription)
+            added.append(Reader(client, ROWS))
+
+        first.subscription.on_rows = replace_both
+        await second.subscription.started
+        client.feed._generation = "of another store"
+        await writer.commit([insert("a")])
+        await until(lambda: added)
+        async with asyncio.timeout(5):
+            await added[0].ready()
+
+        assert list(added[0].rows) == ["a"]
+        assert second.begins == []
 
 
 async def test_another_generation_starts_anew_and_ends_who_waits_for_the_old_one(

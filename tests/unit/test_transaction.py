@@ -95,26 +95,31 @@ async def test_a_failure_that_nobody_awaits_is_logged_with_collection_and_key(
         rows = process.collection("rows")
 
         rows.insert({"id": "a"})
-        await process.site.drain()
-        await asyncio.sleep(0)
+        await until(lambda: failures(caplog))
 
-        (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+        (record,) = failures(caplog)
         assert "rows['a']" in record.getMessage()
         assert "exists already" in record.getMessage()
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno == logging.ERROR]
 
 
 async def test_a_failure_that_is_awaited_is_not_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with open_store(tmp_path) as store:
-        await Process(store).collection("rows").insert({"id": "a"})
+        await Process(store).collection("rows").insert([{"id": "a"}, {"id": "later"}])
         rows = Process(store).collection("rows")
 
         with pytest.raises(KeyExistsError):
             await rows.insert({"id": "a"})
-        await asyncio.sleep(0)
+        rows.insert({"id": "later"})
+        await until(lambda: failures(caplog))
 
-        assert [r for r in caplog.records if r.levelno == logging.ERROR] == []
+        (record,) = failures(caplog)
+        assert "rows['later']" in record.getMessage()
 
 
 async def test_a_failure_is_logged_if_whoever_awaited_it_has_gone(
@@ -124,13 +129,17 @@ async def test_a_failure_is_logged_if_whoever_awaited_it_has_gone(
         process = Process(store)
         await Process(store).collection("rows").insert({"id": "a"})
         rows = process.collection("rows")
-        waiting = asyncio.create_task(finish(rows.insert({"id": "a"})))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await process.site.drain()
-        await asyncio.sleep(0)
+        begun = asyncio.Event()
 
-        assert "nobody awaited it" in caplog.text
+        async def wait() -> None:
+            begun.set()
+            await finish(rows.insert({"id": "a"}))
+
+        waiting = asyncio.create_task(wait())
+        await begun.wait()
+        waiting.cancel()
+        await until(lambda: "nobody awaited it" in caplog.text)
+        assert waiting.cancelled()
 
 
 def test_a_loop_that_ends_logs_each_outstanding_write(
