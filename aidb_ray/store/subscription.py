@@ -73,6 +73,10 @@ class Subscription:
         loop = asyncio.get_running_loop()
         self.started: asyncio.Future[int] = loop.create_future()
         self.ready: asyncio.Future[None] = loop.create_future()
+        # Cleared while rows that must be told first are on their way.
+        self.told = asyncio.Event()
+        if self.snapshot is None:
+            self.told.set()
 
     def hear(self, changes: list[Change]) -> None:
         """Take changes from the feed, or hold them while the rows are still on their way."""
@@ -111,6 +115,7 @@ class Subscription:
         """Tell whoever waits that it will not begin."""
         if self.loading is not None:
             self.loading.cancel()
+        self.told.set()
         for future in (self.started, self.ready):
             if not future.done():
                 future.set_exception(error)
@@ -189,6 +194,12 @@ class FeedReader:
         Raises:
             CompactedError: the store begins anew and will not come to that revision.
         """
+        await self._passed(revision)
+        for subscription in list(self._subscriptions):
+            await subscription.told.wait()
+
+    async def _passed(self, revision: int) -> None:
+        """Wait until changes up to `revision` have come, though some may be held."""
         if self.cursor >= revision or not self._subscriptions:
             return
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -261,6 +272,8 @@ class FeedReader:
             for subscription in resting:
                 if subscription in self._subscriptions:
                     self._activate(subscription)
+        # The cursor may just have begun where somebody waits for it.
+        self._tell_waiting()
         if self._filters is None:
             self._filters = tuple({s.filter: None for s in self._subscriptions})
         must_hurry = any(revision > self.cursor for revision, _ in self._waiting)
@@ -314,6 +327,7 @@ class FeedReader:
                 subscription.loading.cancel()
             if subscription.snapshot is not None:
                 subscription.held = []
+                subscription.told.clear()
 
     def _dispatch(self, changes: Sequence[Change]) -> None:
         heard: dict[Subscription, list[Change]] = {}
@@ -358,7 +372,7 @@ class FeedReader:
                 subscription.end(error)
                 self.unsubscribe(subscription)
                 return
-        await self.reached(end)
+        await self._passed(end)
         held = subscription.held
         assert held is not None
         later = [change for change in held if change.revision > end]
@@ -370,6 +384,7 @@ class FeedReader:
             subscription.ready.set_result(None)
         if later and subscription in self._subscriptions:
             subscription.hear(later)
+        subscription.told.set()
 
     async def _read_rows(self, wanted: Filter) -> tuple[dict[tuple[str, str], FoundRow], int]:
         """Return the rows of a filter, page by page, and a revision that none of them is after."""

@@ -318,7 +318,7 @@ async def test_changes_that_overtake_the_rows_are_told_after_them(
             answer = await ask(method, *args)
             if method.__name__ == "read":
                 late = await writer.commit([Delete(SESSION, "rows", "a"), insert("late")])
-                await client.feed.reached(late)
+                await client.feed._passed(late)
             return answer
 
         monkeypatch.setattr(store, "ask", read_slowly)
@@ -405,6 +405,29 @@ async def test_who_waits_for_a_revision_that_nobody_follows_waits_for_nothing(
         client = store.client()
         async with asyncio.timeout(5):
             await client.feed.reached(10**9)
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+async def test_who_waits_while_the_feed_begins_anew_waits_no_longer_than_needed(
+    tmp_path: Path, *, snapshot: bool
+) -> None:
+    """The cursor begins anew at the very revision: then no later poll brings it there."""
+    async with open_store(tmp_path) as store:
+        writer, client = store.client(), store.client()
+        reader = Reader(client, ROWS, snapshot=snapshot)
+        await reader.subscription.started
+        store.refuses_polls = True
+        await store.restart()
+        revision = await writer.commit([insert("a")])
+        # What came before its snapshot a store that starts cannot tell.
+        await store.actor.snapshot()
+        await store.restart()
+        waiting = asyncio.create_task(client.feed.reached(revision))
+        store.refuses_polls = False
+
+        await asyncio.wait_for(waiting, 10)
+        assert reader.begins
+        assert list(reader.rows) == (["a"] if snapshot else [])
 
 
 async def test_a_commit_reaches_its_reader_whole(tmp_path: Path) -> None:
