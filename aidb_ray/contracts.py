@@ -52,8 +52,11 @@ def _to_utc(value: datetime) -> datetime:
     return value.astimezone(UTC)
 
 
-def _iso(value: datetime) -> str:
-    # Always six digits: texts of equal width sort as their times do.
+def time_text(value: datetime) -> str:
+    """Return a time in UTC as rows store it, with six digits of a second.
+
+    Texts of equal width sort as their times do.
+    """
     text = msgspec.json.encode(value)
     if len(text) == _ISO_LENGTH and text.endswith(b'Z"'):
         return text[1:-1].decode()
@@ -71,7 +74,7 @@ Utc = Annotated[
     AwareDatetime,
     Field(strict=False),
     AfterValidator(_to_utc),
-    PlainSerializer(_iso, when_used="json"),
+    PlainSerializer(time_text, when_used="json"),
 ]
 """An aware time; stored as `YYYY-MM-DDTHH:MM:SS.ffffffZ`, which sorts as text."""
 

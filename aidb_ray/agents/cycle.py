@@ -15,8 +15,11 @@ Nothing here waits, stores or asks. `advance` says what follows from what happen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, assert_never
+
+import msgspec
+from msgspec.structs import replace
 
 from aidb_ray.agents.definition import Retry, UsageLimits
 from aidb_ray.agents.rows import GenerationRow, ToolCallRow
@@ -37,8 +40,7 @@ class Limits:
     usage: UsageLimits = field(default_factory=UsageLimits)
 
 
-@dataclass(frozen=True, slots=True)
-class Cycle:
+class Cycle(msgspec.Struct, frozen=True):
     """Where one generation stands.
 
     Attributes:
@@ -58,7 +60,7 @@ class Cycle:
     attempt: int = 1
     failures: int = 0
     interruptions: int = 0
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = Usage()
 
     @property
     def is_suspect(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from aidb_ray.contracts import GenerationStatus, ToolCallStatus
+from aidb_ray.contracts import GenerationStatus, ToolCallStatus, time_text
 
 encode_row = msgspec.json.Encoder().encode
 
@@ -99,11 +99,6 @@ decode_message = msgspec.json.Decoder(MessageRow).decode
 def now_text() -> str:
     """Return the time now as rows store it."""
     return time_text(datetime.now(UTC))
-
-
-def time_text(at: datetime) -> str:
-    """Return a time in UTC as rows store it: texts of equal width sort as their times do."""
-    return at.isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def time_ms(text: str | None) -> int:

@@ -31,7 +31,6 @@ from aidb_ray.agents.rows import (
     encode_row,
     now_text,
     random_id,
-    time_text,
 )
 from aidb_ray.agents.session import SessionState, args_text
 from aidb_ray.chunks import (
@@ -42,7 +41,7 @@ from aidb_ray.chunks import (
     follow_slices,
     slice_to_chunks,
 )
-from aidb_ray.contracts import AgentMessage, ToolCallStatus
+from aidb_ray.contracts import AgentMessage, ToolCallStatus, time_text
 from aidb_ray.errors import (
     ConflictError,
     ContractError,

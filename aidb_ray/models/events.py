@@ -8,6 +8,7 @@ start event of its kind. Every other payload is the event as JSON without its ty
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -69,10 +70,6 @@ _TYPES: dict[type[BaseEvent], str] = {
     for cls in BaseEvent.__subclasses__()
 }
 _CLASSES: dict[str, type[BaseEvent]] = {name: cls for cls, name in _TYPES.items()}
-_ALIASES: dict[type[BaseEvent], dict[str, str]] = {
-    cls: {name: field.alias or name for name, field in cls.model_fields.items()} for cls in _TYPES
-}
-
 # Marks a payload that is JSON although its type is usually bare. Text hardly ever begins with
 # it, and a fragment that does is written as JSON.
 _JSON_MARK = "\x1e"
@@ -187,20 +184,28 @@ class EventDecoder:
 
 
 def _encode_json(event: BaseEvent) -> str:
-    # Half the time of `model_dump_json`, whose wrapping serializer runs Python code per event.
-    cls = type(event)
-    aliases = _ALIASES[cls]
-    fields_set = event.__pydantic_fields_set__
+    # A third of the time of `model_dump_json`, whose wrapping serializer runs Python per event.
+    fields = event.__dict__
     values: dict[str, Any] = {
-        aliases[name]: value
-        for name, value in event.__dict__.items()
-        if name in fields_set
-        and name != "type"
-        and (value is not None or cls.model_fields[name].is_required())
+        alias: fields[name]
+        for name, alias, is_required in _set_fields(
+            type(event), frozenset(event.__pydantic_fields_set__)
+        )
+        if is_required or fields[name] is not None
     }
     if event.__pydantic_extra__:
         values |= event.__pydantic_extra__
     return msgspec.json.encode(values, enc_hook=_dump_model).decode()
+
+
+@lru_cache(maxsize=1_024)
+def _set_fields(cls: type[BaseEvent], fields_set: frozenset[str]) -> list[tuple[str, str, bool]]:
+    """Return name, name in JSON, and whether it is required, of the fields that JSON shows."""
+    return [
+        (name, field.alias or name, field.is_required())
+        for name, field in cls.model_fields.items()
+        if name in fields_set and name != "type"
+    ]
 
 
 def _dump_model(value: Any) -> Any:

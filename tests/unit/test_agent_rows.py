@@ -14,9 +14,8 @@ from aidb_ray.agents.rows import (
     decode_generation,
     decode_message,
     encode_row,
-    time_text,
 )
-from aidb_ray.contracts import AgentMessage, Generation, ToolCall, Usage
+from aidb_ray.contracts import AgentMessage, Generation, ToolCall, Usage, time_text
 
 NOW = time_text(datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC))
 ROWS: list[tuple[GenerationRow | ToolCallRow | MessageRow, type[BaseModel]]] = [
