@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -224,7 +225,7 @@ class ReplyHandle:
             TimeoutError: there was no reply within `timeout_ms`; it may still come.
             UnavailableError: the message could not be written.
         """
-        async with asyncio.timeout(None if timeout_ms is None else timeout_ms / 1000):
+        async with nullcontext() if timeout_ms is None else asyncio.timeout(timeout_ms / 1000):
             await self._be_sure()
             return await asyncio.shield(self._expected)
 

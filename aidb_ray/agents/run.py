@@ -11,6 +11,7 @@ import inspect
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -227,9 +228,9 @@ class GenerationRun:
         task = self._stoppable = asyncio.current_task()
         assert task is not None
         intents: list[Intent] = []
-        bound = asyncio.timeout(_seconds(limit))
+        bound = None if limit is None else asyncio.timeout(limit / 1000)
         try:
-            async with bound:
+            async with bound or nullcontext():
                 end = await self._follow(command)
                 if end.ending == "completed":
                     intents = await self._respond()
@@ -239,7 +240,7 @@ class GenerationRun:
                 raise
             task.uncancel()
         except TimeoutError:
-            if not bound.expired():
+            if bound is None or not bound.expired():
                 raise
             self.signal.abort("run timeout")
             return End("failed", error=f"It took over {limit} ms.", code="run_timeout"), []
@@ -874,10 +875,6 @@ def _is_of_store(error: Exception) -> bool:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _seconds(ms: int | None) -> float | None:
-    return None if ms is None else ms / 1000
 
 
 def _retrieve(started: asyncio.Future[int]) -> None:
