@@ -15,7 +15,7 @@ from aidb_ray.expressions import eq, synced
 from aidb_ray.query import live as live_module
 from aidb_ray.query.builder import QueryRoot
 from aidb_ray.query.live import LiveQuery, filter_of, run_query
-from aidb_ray.query.operators import Delta
+from aidb_ray.query.operators import Delta, Pipeline
 from tests.stores import Process, open_store, until
 
 
@@ -128,8 +128,7 @@ async def test_a_reader_that_does_not_read_is_told_and_the_others_go_on(
             reading = aiter(live)
             assert (await anext(reading)).row["id"] == "first"
             for n in range(30):
-                rows.insert({"id": str(n), "open": True, "n": n})
-            await process.site.drain()
+                await rows.insert({"id": str(n), "open": True, "n": n})
 
             with pytest.raises(SlowConsumerError):
                 await anext(reading)
@@ -215,7 +214,8 @@ async def test_the_store_is_told_which_rows_matter(tmp_path: Path) -> None:
             ),
         )
 
-        wanted = filter_of(live.query)
+        (source,) = Pipeline(live.query).inputs
+        wanted = filter_of(source)
 
         assert wanted.prefix == "aidb://s/"
         assert wanted.where == (("processed", (False,)), ("targetAgent", ("writer",)))

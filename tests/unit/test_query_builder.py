@@ -196,14 +196,6 @@ YES: Any = True
         (lambda: build(ANY), "invalid_lambda"),
         (lambda: cast_any(QueryRoot()).from_(), "source_required"),
         (lambda: QueryRoot().from_(m=ANY), "invalid_source"),
-        (lambda: QueryRoot().from_(m=Messages(), u=Messages()), "unsupported_query"),
-        (lambda: QueryRoot().from_(m=cast_any(messages())), "unsupported_query"),
-        (lambda: messages().join(u=Messages(), on=lambda m, u: eq(m.n, u.n)), "unsupported_query"),
-        (lambda: messages().left_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().right_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().inner_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().full_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().union_all(messages()), "unsupported_query"),
     ],
 )
 def test_a_mistake_is_refused(make: Callable[[], object], code: str) -> None:
