@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ VALUES: dict[str, list[Any]] = {
 
 def _some_rows(amount: int) -> list[Row]:
     # Drawn from a list, a row costs one decision and not ten.
-    random = Random(1)  # noqa: S311
+    random = Random(1)
     made: list[Row] = [{name: choices[0] for name, choices in VALUES.items()}]
     while len(made) < amount:
         row = {name: random.choice(choices) for name, choices in VALUES.items()}
@@ -113,8 +113,12 @@ def _commits(
     return st.dictionaries(st.sampled_from(PLACES), value, min_size=least, max_size=most)
 
 
-commits: st.SearchStrategy[list[Commit]] = st.builds(
-    lambda first, later: [first, *later],
+def _program(first: Commit, later: list[Commit]) -> list[Commit]:
+    return [first, *later]
+
+
+commits = st.builds(
+    _program,
     _commits(WRITES, 12, len(PLACES)),
     st.lists(_commits(CHANGES, 1, 9), min_size=2, max_size=5),
 )
@@ -133,8 +137,8 @@ def paths_of(source: Any) -> list[Path]:
     match source:
         case SourceRef():
             return list(NAMES)
-        case UnionAll(queries=queries):
-            return paths_of(queries[0])
+        case UnionAll():
+            return paths_of(cast("UnionAll[Any]", source).queries[0])
         case _:
             query: Query[Any] = source
             scope = query.scope
@@ -148,6 +152,11 @@ def paths_of(source: Any) -> list[Path]:
                 else:
                     paths.append((name,))
             return paths
+
+
+def always(value: T) -> Callable[[Ref], T]:
+    """Return a function of rows for `Query` that looks at none of them."""
+    return cast("Any", lambda: value)
 
 
 def ref(query: Query[Any], alias: str) -> Ref:
@@ -223,7 +232,7 @@ def _base(draw: st.DrawFn, depth: int) -> Query[Any]:
     elif several < 4:
         query = root.from_(x=_source(draw, depth), y=_source(draw, depth))
         condition = _equality(draw, query, ["x"], "y")
-        query = query.where(lambda: condition)
+        query = query.where(always(condition))
     else:
         query = root.from_(x=_source(draw, depth))
         query = _joined(draw, query, "y", depth)
@@ -235,19 +244,19 @@ def _base(draw: st.DrawFn, depth: int) -> Query[Any]:
 def _joined(draw: st.DrawFn, query: Query[Any], alias: str, depth: int) -> Query[Any]:
     earlier = list(query.scope)
     source = _source(draw, depth)
-    scope = Query(tuple((query.scope | {alias: source.as_source()}).items()))
+    scope: Query[Any] = Query(tuple((query.scope | {alias: source.as_source()}).items()))
     on = _equality(draw, scope, earlier, alias)
     while one_in(draw, 5):
         on &= conditions(draw, scope, *pick(draw, [(alias,), tuple(earlier), ()]))
     kinds: list[JoinType] = ["left", "inner", "right", "full"]
-    return query.join(on=lambda: on, join_type=pick(draw, kinds), **{alias: source})
+    return query.join(on=always(on), join_type=pick(draw, kinds), **{alias: source})
 
 
 def _order(draw: st.DrawFn, query: Query[Any], values: Sequence[Expression]) -> Query[Any]:
     directions: list[Direction] = ["asc", "desc"]
     for _ in range(pick(draw, [1, 1, 1, 1, 1, 2, 0])):
         value = pick(draw, values)
-        query = query.order_by(lambda value=value: value, pick(draw, directions))
+        query = query.order_by(always(value), pick(draw, directions))
     return query
 
 
@@ -257,12 +266,12 @@ def _grouped(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
     makers: list[Callable[[Any], Expression]] = [sum_, avg, min_, max_, count]
     totals = [count(), *(pick(draw, makers)(pick(draw, values)) for _ in range(2))]
     if by:
-        query = query.group_by(lambda: by)
+        query = query.group_by(always(by))
     if one_in(draw, 3):
         having = pick(draw, [gt(count(), 1), lt(totals[1], 2), is_null(totals[2])])
-        query = query.having(lambda: having)
+        query = query.having(always(having))
     named = {f"v{at}": value for at, value in enumerate([*by, *totals])}
-    return _order(draw, query, [*by, *totals, count()]).select(lambda: named)
+    return _order(draw, query, [*by, *totals, count()]).select(always(named))
 
 
 def _plain(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
@@ -276,13 +285,13 @@ def _plain(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
     if one_in(draw, 4):
         named["in"] = {"s": concat(pick(draw, values), "/"), "n": pick(draw, values)}
         # Objects within are not among the values that `paths_of` knows.
-    return query.select(lambda: named)
+    return query.select(always(named))
 
 
 def _clauses(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
     if one_in(draw, 5):
         condition = conditions(draw, query)
-        query = query.where(lambda: condition)
+        query = query.where(always(condition))
     query = _grouped(draw, query) if one_in(draw, 4) else _plain(draw, query)
     if one_in(draw, 5):
         query = query.distinct()
@@ -301,7 +310,7 @@ def _union(draw: st.DrawFn, depth: int) -> Query[Any]:
         query = _base(draw, depth)
         values = values_of(query)
         named = {name: pick(draw, values) for name in ("k", "n")}
-        query = _order(draw, query, values).select(lambda named=named: named)
+        query = _order(draw, query, values).select(always(named))
         if one_in(draw, 3):
             query = query.limit(draw(st.integers(0, 3)))
         if one_in(draw, 4):

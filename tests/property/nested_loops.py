@@ -120,10 +120,11 @@ def _rows_of(source: Any, tables: Tables, trace: Trace) -> list[tuple[Any, Any]]
     match source:
         case SourceRef(name=name):
             return [(key, {**row, SYNCED: synced}) for key, (row, synced) in tables[name].items()]
-        case UnionAll(queries=queries):
+        case UnionAll():
+            union = cast("UnionAll[Any]", source)
             return [
                 ((number, key), row)
-                for number, query in enumerate(queries)
+                for number, query in enumerate(union.queries)
                 for key, row in evaluate_query(query, tables, trace)
             ]
         case _:
@@ -221,16 +222,22 @@ def _compare_places(a: Place, b: Place) -> int:
 
 
 def _compare(a: Any, b: Any) -> int:
-    kinds = [type(None), bool, (int, float), str, datetime, tuple]
-    left, right = (next(i for i, kind in enumerate(kinds) if isinstance(v, kind)) for v in (a, b))
+    left, right = _rank_of_kind(a), _rank_of_kind(b)
     if left != right:
         return left - right
+    if isinstance(a, (list, dict)):
+        return _compare(repr(identity(a)), repr(identity(b)))
     if isinstance(a, tuple):
         for one, other in zip(cast("tuple[Any]", a), cast("tuple[Any]", b), strict=False):
             if result := _compare(one, other):
                 return result
         return len(cast("tuple[Any]", a)) - len(cast("tuple[Any]", b))
     return 0 if a is None else (a > b) - (a < b)
+
+
+def _rank_of_kind(value: object) -> int:
+    kinds = [type(None), bool, (int, float), str, datetime, (list, dict), tuple]
+    return next(at for at, kind in enumerate(kinds) if isinstance(value, kind))
 
 
 def tag(value: Any) -> Any:

@@ -32,6 +32,9 @@ from tests.property.joined_questions import (
 )
 from tests.property.nested_loops import Trace, evaluate_query, tag
 
+SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
+"""Cases are large, and there are many of them when someone asks for it."""
+
 Table = dict[Key, tuple[Row, bool]]
 
 
@@ -133,7 +136,7 @@ def run(cases: int, *, number: int | None = None) -> Counter[str]:
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=SLOW,
     )
     @given(joined_queries(), commits)
     def law(query: Query[Any], program: list[Commit]) -> None:
