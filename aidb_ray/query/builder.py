@@ -7,11 +7,9 @@ from typing import Any, TypeVar
 
 from aidb_ray.errors import QueryError
 from aidb_ray.expressions import Node, Reference, SourceRef, is_aggregate
-from aidb_ray.query.outputs import Outputs, leaves
+from aidb_ray.query.outputs import leaves
 from aidb_ray.query.plan import plan_of
 from aidb_ray.query.query import (
-    Direction,
-    OrderTerm,
     Query,
     QuerySource,
     SingleQuery,
@@ -21,13 +19,11 @@ from aidb_ray.query.query import (
 )
 
 __all__ = [
-    "Direction",
-    "OrderTerm",
-    "Outputs",
     "Query",
     "QueryRoot",
     "SingleQuery",
     "build",
+    "only_source",
 ]
 
 M = TypeVar("M")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, cast, overload
 
 from aidb_ray.errors import QueryError
 from aidb_ray.expressions import (
@@ -19,12 +19,18 @@ from aidb_ray.expressions import (
     Ref,
     Reference,
     SourceRef,
-    as_node,
     as_predicate,
     call_with_refs,
     is_aggregate,
     references,
     walk,
+)
+from aidb_ray.query.clauses import (
+    Direction,
+    OrderTerm,
+    field_or_value,
+    refuse_aggregates,
+    whole_number,
 )
 from aidb_ray.query.joins import Join, JoinType, all_of, check_equality, terms_of
 from aidb_ray.query.outputs import (
@@ -42,7 +48,6 @@ T = TypeVar("T")
 M = TypeVar("M")
 R_co = TypeVar("R_co", covariant=True)
 
-Direction: TypeAlias = Literal["asc", "desc"]
 OfRows: TypeAlias = (
     Callable[[Ref], T]
     | Callable[[Ref, Ref], T]
@@ -65,17 +70,6 @@ class QuerySource(Protocol[R_co]):
     def as_source(self) -> Source[R_co]:
         """Return which rows these are, as data."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class OrderTerm:
-    """One thing that rows are ordered by. Nulls are least."""
-
-    node: Node
-    descending: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.node}{' desc' if self.descending else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +173,7 @@ class Query(Generic[R_co]):
         earlier = self.scope
         source_ref = as_source(alias, added, earlier)
         node = as_predicate(_ask(on, {**earlier, alias: source_ref}))
-        _refuse_aggregates(node, "join")
+        refuse_aggregates(node, "join")
         check_equality(terms_of(node), earlier, alias, f"The join with {alias!r}")
         join = Join(join_type, alias, source_ref, node)
         return replace(cast("Query[Any]", self), joins=(*self.joins, join))
@@ -203,31 +197,27 @@ class Query(Generic[R_co]):
     def where(self, condition: OfRows[Expression]) -> Query[R_co]:
         """Keep the rows of which `condition` is true. Several calls must all be met."""
         node = as_predicate(_ask(condition, self.scope))
-        _refuse_aggregates(node, "where")
-        return replace(self, predicate=_both(self.predicate, node))
+        refuse_aggregates(node, "where")
+        return replace(self, predicate=all_of([*terms_of(self.predicate), *terms_of(node)]))
 
     def group_by(self, fn: OfRows[Expression | Sequence[Expression]]) -> Query[R_co]:
         """Make one row of all rows that agree in one or several values; `select` says which."""
         value = _ask(fn, self.scope)
         values = [value] if isinstance(value, Expression) else list(value)
-        nodes = tuple([_field_or_value(one, "group_by") for one in values])
+        nodes = tuple([field_or_value(one, "group_by") for one in values])
         for node in nodes:
-            _refuse_aggregates(node, "group_by")
+            refuse_aggregates(node, "group_by")
         return replace(self, grouping=(*(self.grouping or ()), *nodes))
 
     def having(self, condition: OfRows[Expression]) -> Query[R_co]:
         """Keep the groups of which `condition` is true."""
         node = as_predicate(_ask(condition, self.scope))
-        return replace(self, group_predicate=_both(self.group_predicate, node))
+        return replace(self, group_predicate=all_of([*terms_of(self.group_predicate), *terms_of(node)]))
 
     def order_by(self, fn: OfRows[Expression], direction: Direction = "asc") -> Query[R_co]:
         """Order by a value; further calls decide among equals. Nulls are least."""
-        if direction not in ("asc", "desc"):
-            raise QueryError(
-                f"The direction is 'asc' or 'desc', not {direction!r}.", code="invalid_argument"
-            )
-        node = _field_or_value(_ask(fn, self.scope), "order_by")
-        term = OrderTerm(node, descending=direction == "desc")
+        node = field_or_value(_ask(fn, self.scope), "order_by")
+        term = OrderTerm.towards(direction, node)
         return replace(self, ordering=(*self.ordering, term))
 
     @overload
@@ -253,11 +243,11 @@ class Query(Generic[R_co]):
 
     def offset(self, rows: int) -> Query[R_co]:
         """Leave out the first `rows` rows."""
-        return replace(self, skip=_whole(rows, "offset"))
+        return replace(self, skip=whole_number(rows, "offset"))
 
     def limit(self, rows: int) -> Query[R_co]:
         """Keep at most `rows` rows."""
-        return replace(self, max_rows=_whole(rows, "limit"))
+        return replace(self, max_rows=whole_number(rows, "limit"))
 
     def find_one(self) -> SingleQuery[R_co]:
         """Ask for the first row only; running it gives that row or None."""
@@ -409,42 +399,6 @@ def as_source(alias: str, source: QuerySource[M], taken: Mapping[str, object]) -
 def _ask(fn: Callable[..., T], scope: Mapping[str, Source[Any]]) -> T:
     """Call a function of rows, once, with what stands for them."""
     return call_with_refs(fn, {alias: source.fields for alias, source in scope.items()})
-
-
-def _both(first: Node | None, second: Node) -> Node:
-    node = all_of([*terms_of(first), *terms_of(second)])
-    assert node is not None, "there is a second one"
-    return node
-
-
-def _field_or_value(value: object, clause: str) -> Node:
-    if not isinstance(value, Expression):
-        raise QueryError(
-            f"{clause} needs a field or value of a row, not {value!r}.", code="invalid_expression"
-        )
-    node = as_node(value)
-    if isinstance(node, Reference) and not node.path:
-        raise QueryError(
-            f"{clause} needs a field of {node}, not the whole row.", code="invalid_expression"
-        )
-    return node
-
-
-def _refuse_aggregates(node: Node, clause: str) -> None:
-    for part in walk(node):
-        if is_aggregate(part):
-            raise QueryError(
-                f"{clause} comes before groups are made: {part} belongs into having or select.",
-                code="aggregate_not_allowed",
-            )
-
-
-def _whole(value: int, clause: str) -> int:
-    if type(value) is not int or value < 0:
-        raise QueryError(
-            f"{clause} takes a whole number from 0, not {value!r}.", code="invalid_argument"
-        )
-    return value
 
 
 def _source_lines(verb: str, alias: str, source: Source[Any]) -> Iterator[str]:

@@ -38,8 +38,9 @@ from aidb_ray.expressions import (
     synced,
 )
 from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.query.clauses import Direction
 from aidb_ray.query.joins import JoinType
-from aidb_ray.query.query import Direction, UnionAll
+from aidb_ray.query.query import UnionAll
 
 T = TypeVar("T")
 Row = dict[str, Any]

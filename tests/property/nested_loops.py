@@ -24,7 +24,8 @@ from aidb_ray.expressions import (
     substitute,
     walk,
 )
-from aidb_ray.query.query import Outputs, Query, UnionAll
+from aidb_ray.query.outputs import Outputs
+from aidb_ray.query.query import Query, UnionAll
 
 Row = dict[str, Any]
 Table = Mapping[Any, tuple[Row, bool]]

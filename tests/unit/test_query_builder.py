@@ -26,7 +26,8 @@ from aidb_ray.expressions import (
     synced,
     upper,
 )
-from aidb_ray.query.builder import OrderTerm, Query, QueryRoot, build
+from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.query.clauses import OrderTerm
 from aidb_ray.query.query import JoinOn
 from tests.property.questions import FIELDS, Messages, Row
 

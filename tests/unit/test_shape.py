@@ -49,6 +49,7 @@ PURE = {
     "query.answer",
     "query.builder",
     "query.circuit",
+    "query.clauses",
     "query.groups",
     "query.joined",
     "query.joins",
