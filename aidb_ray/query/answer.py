@@ -189,7 +189,7 @@ class Answer:
                     here.append(("enter", after, revision))
             elif after is None:
                 gone.append(("exit", before, revision))
-            elif not _same(before.raw, after.raw):
+            elif not are_same(before.raw, after.raw):
                 here.append(("update", after, revision))
         self.touched.clear()
         for moves in (gone, here):
@@ -273,6 +273,7 @@ def _place_of_move(move: tuple[Op, Entry, int]) -> Place:
     return move[1].place
 
 
-def _same(before: Any, after: Any) -> bool:
+def are_same(before: Any, after: Any) -> bool:
+    """Whether a reader could not tell two rows apart."""
     # Python takes 1 for True, and a reader may not; equal rows are rare enough to look twice.
     return before is after or (before == after and identity(before) == identity(after))

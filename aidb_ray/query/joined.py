@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from aidb_ray.expressions import Node, Test, Value, compile_predicate, compile_value, identity
-from aidb_ray.query.answer import Key, Row
+from aidb_ray.query.answer import Key, Row, are_same
 from aidb_ray.query.groups import Keyed
 from aidb_ray.query.joins import LEFT_STAYS, RIGHT_STAYS
 from aidb_ray.query.plan import JoinPlan
@@ -72,6 +72,10 @@ class _Side:
     def put(self, key: Key, row: Row | None, revision: int) -> None:
         """See `Keyed.put`."""
         old = self._rows.pop(key, None)
+        if old is not None and row is not None and are_same(old[0], row):
+            # Such as an own write that has become durable, or a group that stays as it was.
+            self._rows[key] = old
+            return
         before = after = _NOBODY
         if old is not None:
             before = self._partners_of(key, *old)

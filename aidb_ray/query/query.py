@@ -212,7 +212,9 @@ class Query(Generic[R_co]):
     def having(self, condition: OfRows[Expression]) -> Query[R_co]:
         """Keep the groups of which `condition` is true."""
         node = as_predicate(_ask(condition, self.scope))
-        return replace(self, group_predicate=all_of([*terms_of(self.group_predicate), *terms_of(node)]))
+        return replace(
+            self, group_predicate=all_of([*terms_of(self.group_predicate), *terms_of(node)])
+        )
 
     def order_by(self, fn: OfRows[Expression], direction: Direction = "asc") -> Query[R_co]:
         """Order by a value; further calls decide among equals. Nulls are least."""
@@ -382,11 +384,15 @@ def as_source(alias: str, source: QuerySource[M], taken: Mapping[str, object]) -
     """Return what a query keeps of a source under an alias that is not `taken`.
 
     Raises:
-        QueryError: it has no rows to read, or another source has the alias.
+        QueryError: it has no rows to read, or the alias is taken or no name.
     """
     if alias in taken:
         raise QueryError(
             f"{alias!r} is an alias already; taken are {', '.join(taken)}.", code="duplicate_alias"
+        )
+    if not alias.isidentifier():
+        raise QueryError(
+            f"{alias!r} cannot be an alias: no function could name it.", code="invalid_alias"
         )
     if not hasattr(source, "as_source"):
         raise QueryError(

@@ -114,6 +114,17 @@ def test_partners_come_and_go() -> None:
     ]
 
 
+def test_a_row_that_stays_as_it_was_gives_no_delta_and_one_of_another_kind_does() -> None:
+    pipeline = filled(tasks_and_users("inner"))
+
+    assert pipeline.advance(changes("u", 2, ann={"id": 1})) == []
+    assert brief(pipeline.advance(changes("u", 3, ann={"id": 1.0}))) == []
+    assert brief(pipeline.advance(changes("u", 4, ann={"id": True}))) == [
+        ("exit", ("t1", "ann")),
+        ("exit", ("t2", "ann")),
+    ]
+
+
 def test_a_pair_that_comes_in_one_commit_is_never_seen_alone() -> None:
     pipeline = Pipeline(tasks_and_users("full"))
 

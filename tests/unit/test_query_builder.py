@@ -212,6 +212,7 @@ YES: Any = True
         (lambda: cast_any(QueryRoot()).from_(), "source_required"),
         (lambda: QueryRoot().from_(m=ANY), "invalid_source"),
         (lambda: both().join(u=Messages(), on=lambda m, u: eq(m.n, u.n)), "duplicate_alias"),
+        (lambda: QueryRoot().from_(**{"m.u": Messages()}), "invalid_alias"),
         (lambda: joined(lambda m, u: eq(m.n, 1)), "join_condition"),
         (lambda: joined(lambda m, u: eq(m.n, m.done)), "join_condition"),
         (lambda: joined(lambda m, u: gt(m.n, u.n)), "join_condition"),
