@@ -24,8 +24,9 @@ class Joined:
     each alias; a row that is missing is None, and so is its key.
 
     It keeps the rows of both sides once, found by the values that they join by, and of a side
-    whose rows stay without a partner how many partners each has. It keeps no pairs. A change of a
-    row costs as much as the row has partners, and without a further condition so does each delta.
+    whose rows stay without a partner how many partners each has. It keeps no pairs. A change costs
+    as much as the row finds by its values, whether that meets the further condition or not; it
+    does not depend on how many rows there are.
 
     Attributes:
         left: Takes rows of the left side.
