@@ -240,7 +240,7 @@ def _base(draw: st.DrawFn, depth: int) -> Query[Any]:
         query = _joined(draw, query, "y", depth)
     # Queries that others read stay small: the oracle looks at every combination of rows.
     if len(query.scope) == 1 or (depth and one_in(draw, 3)):
-        query = _joined(draw, query, "z", depth)
+        query = _joined(draw, query, "z", depth if len(query.scope) == 1 else 0)
     return query
 
 
