@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aidb_ray import AidbError, ConfigError
-from benchmarks import chunks, latency, recovery, replay, rows, tools, turns
+from benchmarks import chunks, latency, queries, recovery, replay, rows, tools, turns
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
     "tools": Benchmark(tools.measure, tools.FULL, tools.QUICK),
     "chunks": Benchmark(chunks.measure, chunks.FULL, chunks.QUICK),
     "replay": Benchmark(replay.measure, replay.FULL, replay.QUICK),
+    "queries": Benchmark(queries.measure, queries.FULL, queries.QUICK),
     "recovery": Benchmark(recovery.measure, recovery.FULL, recovery.QUICK),
 }
 

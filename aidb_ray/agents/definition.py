@@ -14,7 +14,7 @@ from aidb_ray.contracts import AgentMessage, is_valid_name
 from aidb_ray.errors import ConfigError
 from aidb_ray.models.base import TextAdapter, adapter_fingerprint
 from aidb_ray.models.tools import Tool, check_tools
-from aidb_ray.query.builder import Query, build
+from aidb_ray.query.builder import Query, build, only_source
 
 BuildMessages: TypeAlias = Callable[[list[Any], Any], Any]
 Generate: TypeAlias = Callable[[Any], Any]
@@ -228,7 +228,7 @@ def raw_definition(
             code="generate_required",
         )
     query = build(pending_work)
-    source = query.sources[0][1]
+    _alias, source = only_source(query, f"The `pending_work` of agent {name!r}")
     return AgentDefinition(
         name=name,
         adapter=adapter,

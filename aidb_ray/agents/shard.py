@@ -27,7 +27,7 @@ from aidb_ray.contracts import CancelRequest, ToolCallStatus
 from aidb_ray.database import Database, Partition, set_current_database
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.errors import AidbError, FencedError, UnavailableError
-from aidb_ray.query.live import filter_of, to_changes
+from aidb_ray.query.live import decoder_of, filter_of, to_changes
 from aidb_ray.query.operators import Pipeline
 from aidb_ray.store.changes import (
     Change,
@@ -364,14 +364,9 @@ class _PartitionWork:
     def _follow_query(self) -> None:
         query = self._definition.pending_work
         assert query is not None
-        source = query.sources[0][1]
-        decode = None
-        if source.row_type is not None:
-            names = list(source.fields or {})
-            key_field = "id" if "id" in names else names[0]
-            decode = codec_of(source.row_type, key_field).decode_fields
-        self._pipeline: Pipeline[Any] = Pipeline(query, decode=decode)
-        wanted = filter_of(query)
+        self._pipeline: Pipeline[Any] = Pipeline(query, decoder_of=decoder_of)
+        (source,) = self._pipeline.inputs
+        wanted = filter_of(source)
         if wanted.session is None:
             wanted = msgspec.structs.replace(wanted, buckets=self._buckets)
         self.shard.view = View(
@@ -379,9 +374,8 @@ class _PartitionWork:
         )
 
     def _hear_query(self, events: Sequence[RowEvent]) -> None:
-        query = self._definition.pending_work
-        assert query is not None
-        for delta in self._pipeline.advance(to_changes(query.sources[0][0], events)):
+        names = [source.name for source in self._pipeline.inputs]
+        for delta in self._pipeline.advance(to_changes(names, events)):
             place = storage, key = delta.key
             known = self._pending_rows.pop(place, None)
             group = None if delta.op == "exit" else self._group_of(delta.row, storage)

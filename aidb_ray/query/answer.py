@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 from sortedcontainers import SortedList
@@ -24,8 +24,9 @@ class Delta(Generic[R]):
 
     Attributes:
         op: `enter`, `update`, or `exit`.
-        key: Identifies the row in the answer: the source's key, or the values that make a group
-            or a distinct row what it is.
+        key: Identifies the row in the answer: the source's key; of a join the keys of its
+            sources, None for a missing row; the values that make a group or a distinct row what
+            it is; of a union the number of the query, from 0, and the key there.
         revision: The commit that caused this; it may have changed another row than this one.
     """
 
@@ -110,10 +111,6 @@ class Placed(Protocol):
         """
         ...
 
-    def keys(self) -> Iterable[Key]:
-        """Return the keys of the rows that are in."""
-        ...
-
 
 class Distinct:
     """Passes on the first of equal rows, under a key made of what they have in common."""
@@ -149,10 +146,6 @@ class Distinct:
             first = places[0]
             self._target.put(content, (*first, content), self._members[first[-1]][2], revision)
 
-    def keys(self) -> Iterable[Key]:
-        """See `Placed.keys`."""
-        return self._members.keys()
-
 
 class Answer:
     """All rows, put in order when they are read."""
@@ -178,10 +171,6 @@ class Answer:
         touched = self.touched.get(key)
         self.touched[key] = (before if touched is None else touched[0]), revision
 
-    def keys(self) -> Iterable[Key]:
-        """See `Placed.keys`."""
-        return self._entries.keys()
-
     def in_order(self) -> Iterator[Entry]:
         """Yield the rows of the answer, in order."""
         return iter(sorted(self._entries.values(), key=_place_of))
@@ -200,7 +189,7 @@ class Answer:
                     here.append(("enter", after, revision))
             elif after is None:
                 gone.append(("exit", before, revision))
-            elif not _same(before.raw, after.raw):
+            elif not are_same(before.raw, after.raw):
                 here.append(("update", after, revision))
         self.touched.clear()
         for moves in (gone, here):
@@ -284,6 +273,7 @@ def _place_of_move(move: tuple[Op, Entry, int]) -> Place:
     return move[1].place
 
 
-def _same(before: Any, after: Any) -> bool:
+def are_same(before: Any, after: Any) -> bool:
+    """Whether a reader could not tell two rows apart."""
     # Python takes 1 for True, and a reader may not; equal rows are rare enough to look twice.
     return before is after or (before == after and identity(before) == identity(after))

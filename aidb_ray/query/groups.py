@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from aidb_ray.expressions import Test, Value, identity
@@ -15,10 +15,6 @@ class Keyed(Protocol):
 
     def put(self, key: Key, row: Row | None, revision: int) -> None:
         """Take in that the row of `key` is now `row`, or gone."""
-        ...
-
-    def keys(self) -> Iterable[Key]:
-        """Return the keys of the rows that are in."""
         ...
 
 
@@ -69,10 +65,6 @@ class Groups:
         for aggregate, value in zip(group.aggregates, values, strict=True):
             aggregate.add(value)
         self._touched[name] = revision
-
-    def keys(self) -> Iterable[Key]:
-        """See `Keyed.keys`."""
-        return self._members.keys()
 
     def flush(self) -> None:
         """Pass on the groups that have changed, once each."""

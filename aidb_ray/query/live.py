@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
 from aidb_ray.errors import NotReadyError, SlowConsumerError
 from aidb_ray.expressions import SourceRef, equalities
+from aidb_ray.query.answer import Decode
 from aidb_ray.query.builder import Query, QueryRoot, build
-from aidb_ray.query.operators import Delta, Pipeline, RowChange
+from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
 from aidb_ray.store.changes import Filter
 from aidb_ray.store.local import RowEvent, View
 from aidb_ray.store.rows import codec_of
@@ -33,18 +35,27 @@ class LiveQuery(Generic[R]):
 
     `live.rows` is the newest answer. Each `async for` has a subscription of its own: first an
     `enter` for every row of the answer at its start, then each delta, once and in order.
+
+    What a commit changed in several collections, or several rows of one, is taken in together:
+    no answer and no delta shows half of it. Partitions are followed each by itself. Collections
+    that are read several times under the same filter are followed once.
     """
 
     def __init__(self, sites: Sites, question: Question[R]) -> None:
         self.query = build(question)
-        self._pipeline = Pipeline(self.query, decode=_row_decoder(self.query))
-        self._alias, source = self.query.sources[0]
+        self._pipeline = Pipeline(self.query, decoder_of=decoder_of)
+        self._arrived: list[RowChange] = []
         self._readers: dict[_Reader[R], None] = {}
         self._is_closed = False
-        wanted = filter_of(self.query)
+        readers: dict[Filter, list[Input]] = {}
+        for reader in self._pipeline.inputs:
+            readers.setdefault(filter_of(reader), []).append(reader)
         self._views = [
-            View(site.client, site.writes, wanted, self._hear)
-            for site in sites.sites_of(source.session or "")
+            View(
+                site.client, site.writes, wanted, partial(self._hear, [one.name for one in inputs])
+            )
+            for wanted, inputs in readers.items()
+            for site in sites.sites_of(inputs[0].source.session or "")
         ]
 
     def __repr__(self) -> str:
@@ -76,6 +87,7 @@ class LiveQuery(Generic[R]):
         """
         if not self.is_ready:
             raise NotReadyError("The answer is not complete yet: await live.ready() first.")
+        self._take_in()
         return self._pipeline.rows
 
     @property
@@ -88,6 +100,7 @@ class LiveQuery(Generic[R]):
 
     async def _deltas(self) -> AsyncGenerator[Delta[R], None]:
         await self.ready()
+        self._take_in()
         reader: _Reader[R] = _Reader(self._pipeline.enters())
         self._readers[reader] = None
         try:
@@ -105,14 +118,24 @@ class LiveQuery(Generic[R]):
         """Stop following; every `async for` ends."""
         if self._is_closed:
             return
+        self._take_in()
         self._is_closed = True
         for view in self._views:
             view.close()
         for reader in self._readers:
             reader.arrived.set()
 
-    def _hear(self, events: Sequence[RowEvent]) -> None:
-        deltas = self._pipeline.advance(to_changes(self._alias, events))
+    def _hear(self, names: Sequence[str], events: Sequence[RowEvent]) -> None:
+        if not self._arrived:
+            # The other views hear of the same commits before the event loop goes on.
+            asyncio.get_running_loop().call_soon(self._take_in)
+        self._arrived += to_changes(names, events)
+
+    def _take_in(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        if not arrived or self._is_closed:
+            return
+        deltas = self._pipeline.advance(arrived)
         if deltas:
             for reader in self._readers:
                 reader.put(deltas)
@@ -155,48 +178,50 @@ class _Reader(Generic[R]):
 async def run_query(sites: Sites, question: Question[R]) -> list[R] | R | None:
     """Return the answer as it is now, own writes included: a list, or for `find_one` one or None.
 
-    Reads of several sessions may see some newer than others.
+    A query that reads several collections sees each partition as one commit left it. Reads of one
+    collection in several sessions may see some newer than others.
     """
     query = build(question)
-    alias, source = query.sources[0]
-    wanted = filter_of(query)
     await sites.connected()
-    pipeline = Pipeline(query, decode=_row_decoder(query))
-    for site in sites.sites_of(source.session or ""):
-        revision, found = await site.client.read(wanted)
-        events = site.writes.show(wanted, found, revision)
-        pipeline.advance(to_changes(alias, events))
-    rows = pipeline.rows
+    pipeline = Pipeline(query, decoder_of=decoder_of)
+    wanted, *others = pipeline.inputs
+    if others:
+        async with LiveQuery(sites, query) as live:
+            rows = live.rows
+    else:
+        rows_wanted = filter_of(wanted)
+        for site in sites.sites_of(wanted.source.session or ""):
+            revision, found = await site.client.read(rows_wanted)
+            events = site.writes.show(rows_wanted, found, revision)
+            pipeline.advance(to_changes([wanted.name], events))
+        rows = pipeline.rows
     return next(iter(rows), None) if query.is_single else rows
 
 
-def to_changes(alias: str, events: Sequence[RowEvent]) -> list[RowChange]:
-    """Return events as a pipeline takes them."""
+def to_changes(names: Sequence[str], events: Sequence[RowEvent]) -> list[RowChange]:
+    """Return events as a pipeline takes them, for each of the inputs that they are of."""
     changes: list[RowChange] = []
     for session, key, row, is_synced in events:
         fields = None if row is None else _decode(row.value)
         revision = 0 if row is None else row.revision
-        changes.append(RowChange(alias, (session, key), fields, revision, is_synced))
+        changes += [RowChange(name, (session, key), fields, revision, is_synced) for name in names]
     return changes
 
 
-def filter_of(query: Query[Any]) -> Filter:
+def filter_of(wanted: Input) -> Filter:
     """Return what the store needs to know to send no more rows than it must."""
-    alias, source = query.sources[0]
     where: tuple[tuple[str, tuple[str | int | bool, ...]], ...] = ()
-    if query.predicate is not None:
-        found = equalities(query.predicate, alias)
+    if wanted.condition is not None:
+        found = equalities(wanted.condition)
         where = tuple((name, tuple(values)) for name, values in sorted(found.items()))
-    session = source.session
-    if session is not None and session.endswith("*"):
-        return Filter(source.name, prefix=session[:-1], where=where)
-    return Filter(source.name, session or "", where=where)
+    source = wanted.source
+    if source.session is not None and source.session.endswith("*"):
+        return Filter(source.name, prefix=source.session[:-1], where=where)
+    return Filter(source.name, source.session or "", where=where)
 
 
-def _row_decoder(query: Query[Any]) -> Callable[[dict[str, Any]], Any] | None:
-    source: SourceRef[Any] = query.sources[0][1]
-    if source.row_type is None:
-        return None
+def decoder_of(source: SourceRef[Any]) -> Decode:
+    """Return what makes a stored row of a collection what its reader gets."""
     # The key field's name does not matter for decoding.
-    names = list(source.fields or {})
+    names = list(source.fields or {"id": None})
     return codec_of(source.row_type, "id" if "id" in names else names[0]).decode_fields

@@ -53,12 +53,24 @@ def descending(value: Any) -> Place:
     return -rank, turned
 
 
-def compile_order(terms: Sequence[tuple[Node, bool]]) -> Callable[[Any], Place] | None:
+def rank(key: Any) -> Place:
+    """Return a pair that orders as the key of a row does: by its parts, a missing one first."""
+    if key.__class__ is tuple:
+        return 6, tuple([rank(part) for part in key])
+    return ascending(key)
+
+
+def compile_order(
+    terms: Sequence[tuple[Node, bool]], *, joined: bool = False
+) -> Callable[[Any], Place] | None:
     """Return a function of a row that gives its place by values, each with "is it descending?".
 
-    Without values, which leaves the order to the keys, None.
+    Without values, which leaves the order to the keys, None. `joined`: see `compile_predicate`.
     """
-    parts = [(descending if down else ascending, compile_value(node)) for node, down in terms]
+    parts = [
+        (descending if down else ascending, compile_value(node, joined=joined))
+        for node, down in terms
+    ]
     if not parts:
         return None
     if len(parts) == 1:

@@ -42,7 +42,8 @@ from aidb_ray.expressions import (
     synced,
     upper,
 )
-from aidb_ray.query.builder import Direction, Query, build
+from aidb_ray.query.builder import Query, build
+from aidb_ray.query.clauses import Direction
 
 Row = dict[str, Any]
 Key = tuple[str, str]

@@ -12,7 +12,7 @@ import pytest
 from aidb_ray import ConfigError
 from aidb_ray.store.files import FileSystem
 from benchmarks import __main__ as command
-from benchmarks import chunks, latency, recovery, replay, rows, tools, turns
+from benchmarks import chunks, latency, queries, recovery, replay, rows, tools, turns
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -60,6 +60,16 @@ async def test_rows_measures_both_crowds_of_writers_and_both_floors(tmp_path: Pa
     assert found["rows_per_sync"] == (4 * 1_001 + 1) / 5
     assert found["rows_per_sync_16"] == 17
     assert os.listdir(tmp_path) == []
+
+
+async def test_queries_measures_each_kind_of_query(tmp_path: Path) -> None:
+    sizes = queries.Sizes(tasks=1_000, changes=30)
+
+    found = values(await queries.measure(rig_in(tmp_path), sizes))
+
+    assert {f"{name}_us" for name in queries.QUERIES} < found.keys()
+    assert {"join_by_user_us", "join_bytes"} < found.keys()
+    assert all(value > 0 for value in found.values())
 
 
 async def test_latency_waits_for_each_row_to_be_heard(tmp_path: Path) -> None:
@@ -258,5 +268,6 @@ def test_every_figure_that_the_project_promises_has_a_benchmark() -> None:
         "tools",
         "chunks",
         "replay",
+        "queries",
         "recovery",
     ]

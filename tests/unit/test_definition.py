@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
 
 from aidb_ray.agents.agent import create_agent
 from aidb_ray.agents.definition import AgentDefinition, durable_agent, raw_definition
-from aidb_ray.errors import ConfigError
+from aidb_ray.errors import ConfigError, QueryError
+from aidb_ray.expressions import eq
 from aidb_ray.models.tools import Tool, declare_tool, tool
+from aidb_ray.query.builder import QueryRoot
+from aidb_ray.store.collection import Collection
 from aidb_ray.testing import ScriptedModel
 
 
@@ -86,6 +89,17 @@ def test_own_rows_need_a_function_that_answers_them() -> None:
     with pytest.raises(ConfigError) as raised:
         raw_definition(name="planner", pending_work=lambda: None, generate=None)
     assert raised.value.code == "generate_required"
+
+
+def test_own_rows_are_those_of_one_collection() -> None:
+    rows: Collection[Any] = Collection(cast("Any", None), "rows", None)
+
+    def joined(q: QueryRoot) -> Any:
+        return q.from_(a=rows).join(b=rows, on=lambda a, b: eq(a.id, b.parent))
+
+    with pytest.raises(QueryError, match="reads one collection") as raised:
+        raw_definition(name="planner", pending_work=joined, generate=lambda _context: "")
+    assert raised.value.code == "unsupported_query"
 
 
 @pytest.mark.parametrize(

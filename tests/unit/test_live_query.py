@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from pydantic import BaseModel
 
@@ -13,10 +15,12 @@ from aidb_ray.contracts import AgentMessage
 from aidb_ray.errors import NotReadyError, QueryError, SlowConsumerError
 from aidb_ray.expressions import eq, synced
 from aidb_ray.query import live as live_module
-from aidb_ray.query.builder import QueryRoot
+from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.query.live import LiveQuery, filter_of, run_query
-from aidb_ray.query.operators import Delta
-from tests.stores import Process, open_store, until
+from aidb_ray.query.operators import Delta, Pipeline
+from aidb_ray.store.changes import Insert
+from aidb_ray.store.collection import Collection
+from tests.stores import SESSION, Process, open_store, until
 
 
 def open_rows(process: Process) -> LiveQuery[Any]:
@@ -25,6 +29,10 @@ def open_rows(process: Process) -> LiveQuery[Any]:
         process,
         lambda q: q.from_(r=rows).where(lambda r: eq(r.open, True)).order_by(lambda r: r.n),
     )
+
+
+def encode(**fields: Any) -> bytes:
+    return msgspec.json.encode(fields)
 
 
 async def caught_up(process: Process) -> None:
@@ -128,8 +136,7 @@ async def test_a_reader_that_does_not_read_is_told_and_the_others_go_on(
             reading = aiter(live)
             assert (await anext(reading)).row["id"] == "first"
             for n in range(30):
-                rows.insert({"id": str(n), "open": True, "n": n})
-            await process.site.drain()
+                await rows.insert({"id": str(n), "open": True, "n": n})
 
             with pytest.raises(SlowConsumerError):
                 await anext(reading)
@@ -180,6 +187,114 @@ async def test_reading_too_early_and_from_a_closed_query_is_refused(tmp_path: Pa
             await live.ready()
 
 
+def tasks_of_users(
+    tasks: Collection[Any], users: Collection[Any]
+) -> Callable[[QueryRoot], Query[dict[str, Any]]]:
+    return lambda q: (
+        q.from_(t=tasks)
+        .left_join(u=users, on=lambda t, u: eq(t.by, u.id))
+        .where(lambda t: eq(t.open, True))
+        .select(lambda t, u: {"id": t.id, "name": u.name})
+    )
+
+
+async def test_a_commit_to_several_collections_is_seen_whole(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        process = Process(store)
+        other = Process(store).site.client
+        query = tasks_of_users(process.collection("tasks"), process.collection("users"))
+        async with LiveQuery(process, query) as live:
+            told: list[tuple[str, Any]] = []
+
+            async def follow() -> None:
+                async for delta in live:
+                    told.append((delta.op, delta.row))  # noqa: PERF401  It is read meanwhile.
+
+            following = asyncio.create_task(follow())
+            for n in range(5):
+                task, user = f"t{n}", f"u{n}"
+                await other.commit(
+                    [
+                        Insert(SESSION, "tasks", task, encode(id=task, by=user, open=True)),
+                        Insert(SESSION, "users", user, encode(id=user, name=user.upper())),
+                    ]
+                )
+            await until(lambda: len(told) >= 5)
+
+            assert told == [("enter", {"id": f"t{n}", "name": f"U{n}"}) for n in range(5)]
+        await following
+
+
+async def test_own_writes_to_several_collections_are_seen_at_once(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        process = Process(store)
+        tasks, users = process.collection("tasks"), process.collection("users")
+        async with LiveQuery(process, tasks_of_users(tasks, users)) as live:
+            writing = tasks.insert({"id": "t", "by": "u", "open": True})
+            assert live.rows == [{"id": "t", "name": None}]
+            await users.insert({"id": "u", "name": "Ann"})
+            await writing
+            assert live.rows == [{"id": "t", "name": "Ann"}]
+
+
+async def test_a_collection_that_is_read_twice_is_followed_once(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        process = Process(store)
+        rows = process.collection("rows")
+        await rows.insert([{"id": "a", "next": "b"}, {"id": "b", "next": "a"}])
+        query = LiveQuery(
+            process,
+            lambda q: (
+                q.from_(x=rows)
+                .inner_join(y=rows, on=lambda x, y: eq(x.next, y.id))
+                .select(lambda x, y: {"x": x.id, "y": y.id})
+            ),
+        )
+        async with query as live:
+            assert live.rows == [{"x": "a", "y": "b"}, {"x": "b", "y": "a"}]
+            assert len(live._views) == 1
+            await Process(store).collection("rows").delete("a")
+            await caught_up(process)
+            assert live.rows == []
+
+
+async def test_joins_reach_over_sessions(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        process = Process(store)
+        for session, name in (("aidb://s/1", "one"), ("aidb://s/2", "two")):
+            await process.collection("notes", session=session).insert({"id": "n", "by": name})
+        await process.collection("users").insert([{"id": "one", "name": "I"}])
+        notes = process.collection("notes", session="aidb://s/*")
+        users = process.collection("users")
+
+        found: Any = await run_query(
+            process,
+            lambda q: (
+                q.from_(n=notes)
+                .left_join(u=users, on=lambda n, u: eq(n.by, u.id))
+                .select(lambda n, u: {"by": n.by, "name": u.name})
+            ),
+        )
+
+        assert found == [{"by": "one", "name": "I"}, {"by": "two", "name": None}]
+
+
+async def test_a_query_over_several_collections_run_once_sees_own_writes(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        process = Process(store)
+        tasks, users = process.collection("tasks"), process.collection("users")
+        query = tasks_of_users(tasks, users)
+        await users.insert({"id": "u", "name": "Ann"})
+        store.files.hold_syncs()
+        tasks.insert({"id": "t", "by": "u", "open": True})
+        await until(lambda: store.actor._taken)
+
+        one = await run_query(process, lambda q: query(q).find_one())
+
+        assert one == {"id": "t", "name": "Ann"}
+        store.files.let_syncs_go()
+
+
 async def test_a_query_run_once_sees_own_writes_and_no_ghosts(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         process, other = Process(store), Process(store).collection("rows")
@@ -215,7 +330,8 @@ async def test_the_store_is_told_which_rows_matter(tmp_path: Path) -> None:
             ),
         )
 
-        wanted = filter_of(live.query)
+        (source,) = Pipeline(live.query).inputs
+        wanted = filter_of(source)
 
         assert wanted.prefix == "aidb://s/"
         assert wanted.where == (("processed", (False,)), ("targetAgent", ("writer",)))

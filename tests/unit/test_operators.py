@@ -428,7 +428,7 @@ def test_decoding_can_be_given_and_is_left_until_someone_looks() -> None:
         decoded.append(row)
         return row["n"]
 
-    pipeline = Pipeline(typed().order_by(lambda r: r.n).limit(1), decode=decode)
+    pipeline = Pipeline(typed().order_by(lambda r: r.n).limit(1), decoder_of=lambda _source: decode)
     pipeline.advance(changes(1, a={"n": 1}, b={"n": 2}))
     assert decoded == []
 
@@ -506,27 +506,3 @@ def test_whether_a_row_is_durable_can_be_selected_and_is_no_part_of_the_row() ->
     shown.advance([RowChange("r", "a", {"n": 1}, 0, synced=False)])
     assert shown.rows == [{"synced": False, "row": {"n": 1}}]
     assert brief(shown.advance(changes(1, a={"n": 1}))) == [("update", "a")]
-
-
-@pytest.mark.parametrize(
-    "question",
-    [
-        query(),
-        query().order_by(lambda r: r.n).limit(2),
-        query().select(lambda r: {"n": r.n}).distinct(),
-        query().group_by(lambda r: r.n).select(lambda r: {"n": r.n, "rows": count()}),
-    ],
-    ids=["rows", "window", "distinct", "groups"],
-)
-def test_a_new_snapshot_takes_away_what_it_does_not_have(question: Query[Any]) -> None:
-    rows = {"a": {"n": 1}, "b": {"n": 2}, "c": {"n": 3}}
-    later = {"b": {"n": 2}, "d": {"n": 0}}
-    pipeline, fresh = Pipeline(question), Pipeline(question)
-    pipeline.advance(changes(1, **rows))
-    fresh.advance(changes(9, **later))
-
-    deltas = pipeline.restart(changes(9, **later), revision=9)
-
-    assert pipeline.rows == fresh.rows
-    assert {delta.op for delta in deltas} == {"enter", "exit"}
-    assert all(delta.revision == 9 for delta in deltas)

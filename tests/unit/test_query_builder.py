@@ -17,6 +17,7 @@ from aidb_ray.expressions import (
     SourceRef,
     and_,
     as_node,
+    coalesce,
     count,
     eq,
     gt,
@@ -25,7 +26,9 @@ from aidb_ray.expressions import (
     synced,
     upper,
 )
-from aidb_ray.query.builder import OrderTerm, Query, QueryRoot, build
+from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.query.clauses import OrderTerm
+from aidb_ray.query.query import JoinOn
 from tests.property.questions import FIELDS, Messages, Row
 
 
@@ -157,6 +160,18 @@ def test_a_query_knows_whether_it_depends_on_what_is_durable() -> None:
     assert not pending().reads_synced
 
 
+def joined(on: JoinOn, join_type: Any = "left") -> Query[Any]:
+    return messages().join(u=Messages(), on=on, join_type=join_type)
+
+
+def both() -> Query[Any]:
+    return joined(lambda m, u: eq(m.n, u.n))
+
+
+def named() -> Query[Any]:
+    return messages().select(lambda m: {"agent": m.target_agent, "n": m.n})
+
+
 def cast_any(value: Any) -> Any:
     return value
 
@@ -196,18 +211,57 @@ YES: Any = True
         (lambda: build(ANY), "invalid_lambda"),
         (lambda: cast_any(QueryRoot()).from_(), "source_required"),
         (lambda: QueryRoot().from_(m=ANY), "invalid_source"),
-        (lambda: QueryRoot().from_(m=Messages(), u=Messages()), "unsupported_query"),
-        (lambda: QueryRoot().from_(m=cast_any(messages())), "unsupported_query"),
-        (lambda: messages().join(u=Messages(), on=lambda m, u: eq(m.n, u.n)), "unsupported_query"),
-        (lambda: messages().left_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().right_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().inner_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().full_join(u=Messages()), "unsupported_query"),
-        (lambda: messages().union_all(messages()), "unsupported_query"),
+        (lambda: both().join(u=Messages(), on=lambda m, u: eq(m.n, u.n)), "duplicate_alias"),
+        (lambda: QueryRoot().from_(**{"m.u": Messages()}), "invalid_alias"),
+        (lambda: joined(lambda m, u: eq(m.n, 1)), "join_condition"),
+        (lambda: joined(lambda m, u: eq(m.n, m.done)), "join_condition"),
+        (lambda: joined(lambda m, u: gt(m.n, u.n)), "join_condition"),
+        (lambda: joined(lambda m, u: eq(m.n, u.n) | eq(m.done, u.done)), "join_condition"),
+        (lambda: joined(lambda m, u: eq(m.n, u.count)), "unknown_field"),
+        (lambda: joined(lambda m, x: eq(m.n, x.n)), "unknown_field"),
+        (lambda: joined(lambda m, u: eq(m.n, count(u.n))), "aggregate_not_allowed"),
+        (lambda: joined(ANY), "invalid_lambda"),
+        (lambda: joined(lambda m, u: eq(m.n, u.n), ANY), "invalid_argument"),
+        (lambda: messages().join(on=lambda m: m.done), "source_required"),
+        (lambda: messages().join(a=Messages(), b=Messages(), on=ANY), "source_required"),
+        (lambda: messages().join(u=ANY, on=lambda m, u: eq(m.n, u.n)), "invalid_source"),
+        (lambda: build(QueryRoot().from_(m=Messages(), u=Messages())), "join_condition"),
+        (lambda: build(lambda q: q.from_(s=messages().group_by(lambda m: m.n))), "select_required"),
+        (
+            lambda: build(lambda q: q.from_(s=messages()).where(lambda s: synced(s))),
+            "invalid_expression",
+        ),
+        (lambda: QueryRoot().from_(s=named()).where(lambda s: s.who), "unknown_field"),
+        (lambda: QueryRoot().from_(s=both()).where(lambda s: eq(s.n, 1)), "unknown_field"),
+        (lambda: messages().union_all(), "invalid_source"),
+        (lambda: messages().union_all(ANY), "invalid_source"),
+        (lambda: messages().union_all(named()), "union_mismatch"),
+        (lambda: named().union_all(messages().select(lambda m: {"n": m.n})), "union_mismatch"),
+        (lambda: named().union_all(named()).where(lambda row: row.who), "unknown_field"),
     ],
 )
 def test_a_mistake_is_refused(make: Callable[[], object], code: str) -> None:
     assert refused(make) == code
+
+
+def test_a_join_without_an_equality_is_told_what_it_needs() -> None:
+    with pytest.raises(QueryError, match=r"equality between 'u' and what comes before it \('m'\)"):
+        joined(lambda m, u: gt(m.n, u.n))
+
+
+def test_queries_that_cannot_be_united_are_told_apart() -> None:
+    with pytest.raises(QueryError, match=r"some are \{agent, n\}, some \{agent, row: \{"):
+        named().union_all(messages().select(lambda m: {"agent": m.target_agent, "row": m}))
+
+
+def test_instants_of_a_query_that_is_read_are_instants() -> None:
+    newest = messages().select(
+        lambda m: {"first": m.created_at, "last": coalesce(m.created_at, m.n)}
+    )
+    query = QueryRoot().from_(s=newest).where(lambda s: gt(s.first, "2026-01-01T00:00:00Z"))
+
+    assert query.predicate is not None
+    assert refused(lambda: query.where(lambda s: gt(s.last, "yesterday"))) == "invalid_instant"
 
 
 def test_a_wrong_alias_is_answered_with_the_right_ones() -> None:
