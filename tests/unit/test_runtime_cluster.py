@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from aidb_ray import runtime
 from aidb_ray.errors import ConfigError
-from aidb_ray.runtime import Cluster
+from aidb_ray.runtime import NAMESPACE, Cluster, cluster, credentials
 
 TOKEN_FILE = Path(".ray") / "auth_token"
 
@@ -41,7 +40,7 @@ def test_a_token_is_shown_if_there_is_one_and_the_user_has_not_decided(
         (home / TOKEN_FILE).write_text("secret")
     shown = {"PATH": "/bin", **environment}
 
-    runtime._show_token(shown)
+    credentials.show_token(shown)
 
     decided = {} if mode is None else {"RAY_AUTH_MODE": mode}
     assert shown == {"PATH": "/bin", **environment, **decided}
@@ -55,8 +54,8 @@ def test_who_has_no_home_has_no_token_to_show(monkeypatch: pytest.MonkeyPatch) -
     nothing: dict[str, str] = {}
     given = {"RAY_AUTH_TOKEN": "secret"}
 
-    runtime._show_token(nothing)
-    runtime._show_token(given)
+    credentials.show_token(nothing)
+    credentials.show_token(given)
 
     assert nothing == {}
     assert given["RAY_AUTH_MODE"] == "token"
@@ -72,11 +71,11 @@ def test_the_token_is_shown_before_ray_reads_the_environment(
 
     if address is None:
         monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setattr(runtime, "_show_token", stop_here)
+    monkeypatch.setattr(cluster, "show_token", stop_here)
     monkeypatch.setitem(sys.modules, "ray", None)
     joining: Future[Cluster] = Future()
 
-    runtime._join(joining, address, runtime.NAMESPACE, None)
+    cluster._join(joining, address, NAMESPACE, None)
 
     with pytest.raises(RuntimeError, match="shown"):
         joining.result()
@@ -88,9 +87,9 @@ def test_the_secret_of_a_cluster_is_readable_by_its_owner_only(
     monkeypatch.setattr("os.environ", {"HOME": str(tmp_path)})
     path = tmp_path / ".ray" / "auth_token"
 
-    runtime._provide_token()
+    credentials.provide_token()
     first = path.read_text(encoding="utf-8")
-    runtime._provide_token()
+    credentials.provide_token()
 
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(first) == 64
@@ -104,7 +103,7 @@ def test_without_a_home_the_secret_of_a_cluster_is_for_child_processes(
     environment = {"HOME": str(tmp_path / "file")}
     monkeypatch.setattr("os.environ", environment)
 
-    runtime._provide_token()
+    credentials.provide_token()
 
     assert len(environment["RAY_AUTH_TOKEN"]) == 64
 
@@ -114,7 +113,7 @@ def test_a_secret_that_the_environment_settles_is_left_alone(
 ) -> None:
     monkeypatch.setattr("os.environ", {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"})
 
-    runtime._provide_token()
+    credentials.provide_token()
 
     assert list(tmp_path.iterdir()) == []
 
@@ -123,10 +122,10 @@ def test_a_secret_that_the_environment_settles_is_left_alone(
     "address", ["10.0.0.1:6379", "127.0.0.1:6379", "auto", "ray://10.0.0.9:10001", None]
 )
 def test_an_address_that_may_be_the_current_cluster_is_accepted(address: str | None) -> None:
-    runtime._check_same_cluster(address, "10.0.0.1:6379")
+    credentials.check_same_cluster(address, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize("address", ["10.0.0.2:6379", "10.0.0.1:6380"])
 def test_an_address_of_another_cluster_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="cannot join"):
-        runtime._check_same_cluster(address, "10.0.0.1:6379")
+        credentials.check_same_cluster(address, "10.0.0.1:6379")

@@ -250,8 +250,9 @@ def test_only_the_runtime_knows_ray() -> None:
         if any(target.partition(".")[0] == "ray" for _, target in imports_of(tree))
     }
 
-    assert "runtime" in importers
-    assert importers <= {"runtime", "data"}
+    runtime = {"runtime.cluster", "runtime.failures", "runtime.ray_refs"}
+    assert runtime <= importers
+    assert importers <= runtime | {"data"}
 
 
 def test_pure_modules_have_no_clock_and_no_io() -> None:
@@ -352,6 +353,16 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_runtime_does_not_load_ray() -> None:
+    program = "import sys, aidb_ray.runtime; print('ray' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert done.stdout.strip() == "False"
 
 
 def test_the_words_load_only_the_standard_library_and_msgspec() -> None:
