@@ -119,13 +119,21 @@ class ChunkBuffer:
         return self._taken + len(self._codes)
 
     def add(self, type_: str, payload: str) -> None:
-        """Add one chunk."""
+        """Add one chunk.
+
+        Raises:
+            ContractError: `invalid_unicode`: there is half of a surrogate pair in it.
+        """
+        if not payload.isascii():
+            _check_unicode(payload)
         code = _CODES.get(type_)
         self._codes.append(self._own_code(type_) if code is None else code)
         self._payloads.append(payload)
 
     def add_text(self, text: str) -> None:
-        """Add one chunk that is a fragment of text."""
+        """Add one chunk that is a fragment of text. See `add`."""
+        if not text.isascii():
+            _check_unicode(text)
         self._codes.append(_TEXT_CODE)
         self._payloads.append(text)
 
@@ -165,6 +173,17 @@ class ChunkBuffer:
                 )
             self._own.append(type_)
         return _FIRST_OWN_CODE + self._own.index(type_)
+
+
+def _check_unicode(payload: str) -> None:
+    try:
+        payload.encode()
+    except UnicodeEncodeError:
+        raise ContractError(
+            "A chunk holds half of a surrogate pair.",
+            code="invalid_unicode",
+            collection=CHUNKS,
+        ) from None
 
 
 class ChunkFlusher:
@@ -239,7 +258,10 @@ class ChunkFlusher:
     def _flush_all(self) -> None:
         self._timer = None
         for buffer in self._open:
-            self.flush(buffer)
+            try:
+                self.flush(buffer)
+            except Exception as error:  # noqa: BLE001  Its own run hears of it, others go on.
+                self._note(buffer, error)
         if self._open:
             self._arm()
 

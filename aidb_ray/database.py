@@ -65,16 +65,17 @@ class Partition:
         return task
 
     async def drain(self) -> None:
-        """Wait until every write made so far has its outcome."""
+        """Wait until every write made so far has its outcome; those made meanwhile may not."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
         await self.client.drain()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-            await self.client.drain()
 
     async def aclose(self) -> None:
-        """Wait for outstanding writes, then end the feed."""
+        """Wait for outstanding writes and refuse others, then end the feed."""
         await self.drain()
         await self.client.aclose()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,12 +318,10 @@ class Database:
             if isinstance(owner, Transaction):
                 earlier[owner] = None
             values.append(group.shown.get(where, ...))
+        transaction.follow(list(earlier), is_of_shown=True)
         transaction.show(values)
         site.spawn(
-            transaction.run(
-                lambda patch: writes.durable((url, patch.collection, patch.key), None),
-                list(earlier),
-            )
+            transaction.run(lambda patch: writes.durable((url, patch.collection, patch.key), None))
         )
         await transaction
 

@@ -72,6 +72,16 @@ class Options:
     concurrency: int
     shards: int
 
+    @property
+    def ray_address(self) -> str:
+        """The cluster to join, or empty for one of its own."""
+        return self.address or os.environ.get("RAY_ADDRESS", "")
+
+    @property
+    def joins_cluster(self) -> bool:
+        """Whether agents outlive this process."""
+        return self.ray_address not in ("", "local")
+
     def open_place(self) -> Place:
         """Open the directory that belongs to these options.
 
@@ -81,9 +91,8 @@ class Options:
         task = name_task(self.data, "broken" if self.break_calculator else "", self.openai or "")
         if self.data_dir:
             return open_place(self.data_dir, task)
-        address = self.address or os.environ.get("RAY_ADDRESS", "")
         killing = f"kill-{self.kill_every:g}" if self.kill_every else ""
-        name = join_words(task, killing, address)
+        name = join_words(task, killing, self.ray_address)
         return open_place(Path("out/word_problems", name), task)
 
 
@@ -117,10 +126,11 @@ async def solve(options: Options, place: Place, console: Console) -> Found:
     """Have every problem answered and collect what is to be judged."""
     problems = load_problems(options.data)
     started_ns = time.monotonic_ns()
-    place.events.note(event="start")
     async with aidb_ray.connect(
         options.address, data_dir=place.root, database=place.database
     ) as db:
+        # Only now is a driver that was killed surely gone, with its cluster if that was its own.
+        place.events.note(event="start", joined=options.joins_cluster)
         agent = create_solver(options, place, choose_pace(options, problems))
         await agent.ready()
         before = time.monotonic()
@@ -134,6 +144,7 @@ async def solve(options: Options, place: Place, console: Console) -> Found:
         rounds=place.rounds.read(),
         calls=place.calls.read(),
         events=place.events.read(),
+        answers=place.answers.read(),
         is_scripted=options.openai is None,
         tokens=tokens,
         started_ns=started_ns,
@@ -209,6 +220,7 @@ async def answer_all(
                 message_id=problem.question_id,
             )
             reply = await handle.reply()
+            place.answers.note(session=problem.session, key="answer")
         right += problem.is_solved_by(reply.content)
         progress.update(bar, advance=1, right=right)
 

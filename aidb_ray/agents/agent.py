@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, overload
 
 from aidb_ray.agents.definition import AgentDefinition, raw_definition
@@ -77,6 +78,10 @@ def create_agent(
     `pending_work`, `generate`, `session`, `build_messages`, `on_response`, `adapter`, `tools` and
     those of `durable_agent`.
 
+    A row of a `pending_work` waits until a generation for it has ended, however it ended. If it
+    still matches then, as after an `on_response` that raised, it is left alone until it changes or
+    the agent starts again; the row of the generation says why.
+
     With the name of a running agent it attaches if the definition's fingerprint is equal; else
     `on_change` says: `"replace"` (rounds in flight finish, later ones run the new definition),
     `"attach"` (go on with the old) or `"error"`. Dropping the handle stops nothing.
@@ -130,8 +135,20 @@ class AgentCollections:
         self.chunks = session.chunks
 
 
+@dataclass(slots=True, eq=False)
+class _InLoop:
+    """What a handle has in one event loop: its start, and the replies by partition."""
+
+    starting: asyncio.Task[None] | None = None
+    replies: dict[int, Replies] = field(default_factory=dict[int, Replies])
+
+
 class Agent:
-    """A running agent. Light; it pickles, and attaches where it arrives."""
+    """A running agent. Light; it pickles, and attaches where it arrives.
+
+    A handle may be used in several event loops, one after the other, as by tasks that each call
+    `asyncio.run`; each attaches anew. A `ReplyHandle` is of the loop that sent.
+    """
 
     def __init__(self, database: Database, name: str, url: str | None, shards: int) -> None:
         self.name = name
@@ -139,8 +156,7 @@ class Agent:
         self._url = url
         self._shard_count = shards
         self._refs: list[ActorRef[AgentActor]] = []
-        self._starting: asyncio.Task[None] | None = None
-        self._replies: dict[int, Replies] = {}
+        self._loops: dict[asyncio.AbstractEventLoop, _InLoop] = {}
 
     def __repr__(self) -> str:
         return f"<Agent {self.name!r}>"
@@ -150,9 +166,9 @@ class Agent:
 
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
-        loop = asyncio.get_running_loop()
-        self._starting = loop.create_task(self._begin(definition, on_change))
-        self._starting.add_done_callback(_retrieve)
+        starting = asyncio.get_running_loop().create_task(self._begin(definition, on_change))
+        starting.add_done_callback(_retrieve)
+        self._here().starting = starting
         if self._url is not None:
             self._listen()
 
@@ -162,11 +178,12 @@ class Agent:
         Raises:
             AidbError: it could not start; every awaited method raises the same.
         """
-        if self._starting is None:
+        here = self._here()
+        if here.starting is None:
             self.begin(None, "attach")
-        assert self._starting is not None
-        await asyncio.shield(self._starting)
-        for replies in self._replies.values():
+        assert here.starting is not None
+        await asyncio.shield(here.starting)
+        for replies in here.replies.values():
             await replies.ready()
 
     # The conversation.
@@ -219,12 +236,14 @@ class Agent:
             writes = self.database.site_of(url).writes
             owner = writes.latest_owner((url, "messages", str(row["id"])))
             sent = owner if isinstance(owner, Transaction) else None
-        return ReplyHandle(self.database, replies, url, str(row["id"]), sent)
+        starting = self._here().starting
+        return ReplyHandle(self.database, replies, url, str(row["id"]), sent, starting)
 
     def reply_to(self, message_id: str, *, session: Session | str | None = None) -> ReplyHandle:
         """Return the handle of a message that was written before, here or elsewhere."""
         url = self._url_of(session)
-        return ReplyHandle(self.database, self._listen_in(url), url, message_id, None)
+        replies, starting = self._listen_in(url), self._here().starting
+        return ReplyHandle(self.database, replies, url, message_id, None, starting)
 
     async def cancel(self, *, session: Session | str | None = None, reason: str = "") -> None:
         """Ask the agent to stop what it does in a session, durably; returns when that is written.
@@ -238,7 +257,11 @@ class Agent:
     # The loop.
 
     async def has_pending_work(self, *, session: Session | str | None = None) -> bool:
-        """Whether a row waits for the agent or is being answered."""
+        """Whether a row waits for the agent or is being answered.
+
+        A row whose generation has ended waits no more, also if that failed and the row still
+        matches a `pending_work`; see `create_agent`.
+        """
         await self.ready()
         if self._url is None or not self._url.startswith("aidb://"):
             return any(status.pending for status in await self.status())
@@ -273,7 +296,10 @@ class Agent:
         build_checkpoint: Callable[[], Awaitable[Sequence[Any]]] | None = None,
         session: Session | str | None = None,
     ) -> DrainResult:
-        """Work until nothing is pending or time is up.
+        """Work until nothing is pending, see `has_pending_work`, or time is up.
+
+        Generations may have failed: a drain looks for work, not at how it ended. Their rows in
+        `generations` say so, and `reply()` raises.
 
         A reactive agent works anyhow; then this waits. `lifecycle` is called in this process. No
         cycle starts within `headroom_ms` of the deadline; what this began is stopped there, stays
@@ -333,11 +359,12 @@ class Agent:
 
     async def detach(self) -> None:
         """Let go of the agent; it goes on."""
-        if self._starting is not None and not self._starting.done():
-            await asyncio.wait([self._starting])
-        for replies in self._replies.values():
+        here = self._here()
+        if here.starting is not None and not here.starting.done():
+            await asyncio.wait([here.starting])
+        for replies in here.replies.values():
             replies.close()
-        self._replies.clear()
+        here.replies.clear()
 
     # Starting.
 
@@ -431,6 +458,16 @@ class Agent:
 
     # Inside.
 
+    def _here(self) -> _InLoop:
+        """Return what the handle has in this event loop; forget what it had in closed ones."""
+        loop = asyncio.get_running_loop()
+        found = self._loops.get(loop)
+        if found is None:
+            for gone in [other for other in self._loops if other.is_closed()]:
+                del self._loops[gone]
+            found = self._loops[loop] = _InLoop()
+        return found
+
     def _one_session(self) -> str:
         if self._url is None:
             raise NotReadyError(
@@ -467,16 +504,18 @@ class Agent:
     def _listen(self) -> None:
         if self._url is None or not self._url.startswith("aidb://"):
             return
+        heard = self._here().replies
         for index, partition in enumerate(self.database.partitions):
-            if index not in self._replies and partition in self.database.sites_of(self._url):
-                self._replies[index] = Replies(partition, self.name, self._url)
+            if index not in heard and partition in self.database.sites_of(self._url):
+                heard[index] = Replies(partition, self.name, self._url)
 
     def _listen_in(self, url: str) -> Replies:
         partition = self.database.site_of(url)
         index = self.database.partitions.index(partition)
-        found = self._replies.get(index)
+        heard = self._here().replies
+        found = heard.get(index)
         if found is None:
-            found = self._replies[index] = Replies(partition, self.name, self._url or "aidb://*")
+            found = heard[index] = Replies(partition, self.name, self._url or "aidb://*")
         return found
 
     async def _drain_writes(self) -> None:

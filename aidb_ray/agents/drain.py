@@ -28,8 +28,9 @@ class DrainResult:
     """How a drain ended.
 
     Attributes:
-        completed: Whether nothing is pending any more; else time was up.
-        cycles: Generations that ended meanwhile.
+        completed: Whether nothing is pending any more, see `Agent.has_pending_work`; else time
+            was up. Generations may have failed.
+        cycles: Generations that ended meanwhile, also those that failed or were cancelled.
         duration_ms: How long it took.
     """
 

@@ -208,12 +208,14 @@ class ReplyHandle:
         session: str,
         message_id: str,
         sent: Transaction | None,
+        starting: asyncio.Task[None] | None = None,
     ) -> None:
         self.session = session
         self.message_id = message_id
         self.sent = sent
         self._database = database
         self._replies = replies
+        self._starting = starting
         self._expected = replies.expect(session, message_id)
 
     async def reply(self, *, timeout_ms: int | None = None) -> AgentMessage:
@@ -224,6 +226,7 @@ class ReplyHandle:
             RunCancelledError: it was cancelled.
             TimeoutError: there was no reply within `timeout_ms`; it may still come.
             UnavailableError: the message could not be written.
+            AidbError: there is no reply yet, and the agent could not be started.
         """
         async with nullcontext() if timeout_ms is None else asyncio.timeout(timeout_ms / 1000):
             await self._be_sure()
@@ -244,6 +247,9 @@ class ReplyHandle:
         heard_late = self.sent is not None and self.sent.revision <= replies.started
         if (was_there or heard_late) and not self._expected.done():
             await replies.look_up(self.session, self.message_id)
+        if self._starting is not None and not self._expected.done():
+            # Nobody would ever answer if it fails.
+            await asyncio.shield(self._starting)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self.events()

@@ -403,6 +403,13 @@ class GenerationRun:
             return machine.Cancelled(error.reason)
         except TimeoutError as error:
             return RoundFailed(_words(error), "timeout", is_retryable=True)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Something that the user's functions or the adapter waited for was cancelled, not this.
+            words = "What the model round waited for was cancelled."
+            return RoundFailed(words, "agent_error", is_retryable=False)
         except Exception as error:
             if _is_of_store(error):
                 raise
@@ -487,6 +494,8 @@ class GenerationRun:
             result, usage = heard.text, heard.usage
         self._reply = result
         text = result if isinstance(result, str) else _as_text(result)
+        # What cannot be stored fails the round, before it is taken for finished.
+        text.encode()
         return RoundFinished(text, (), usage)
 
     # Tool calls.
@@ -633,7 +642,7 @@ class GenerationRun:
             call,
             status=status.value,
             result=result,
-            error=None if error is None else str(error),
+            error=None if error is None else _storable(str(error)),
             error_code=None if error is None else error.code,
             updated_at=now_text(),
         )
@@ -687,7 +696,7 @@ class GenerationRun:
             self._generation,
             status=end.ending,
             usage=_to_usage(self._cycle.usage),
-            error=end.error or None if end.ending != "completed" else None,
+            error=_storable(end.error) or None if end.ending != "completed" else None,
             error_code=end.code or None,
             updated_at=now,
         )
@@ -871,6 +880,11 @@ def _is_of_store(error: Exception) -> bool:
     if isinstance(error, ConflictError):
         return error.collection == CHUNKS
     return isinstance(error, UnavailableError | FencedError | StorageError)
+
+
+def _storable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, as file names in errors may have."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _words(error: Exception) -> str:

@@ -59,7 +59,7 @@ class ShardStatus:
     """How a shard is doing.
 
     Attributes:
-        pending: Rows that wait, those being answered included.
+        pending: Rows that wait, those being answered included; not those whose generation ended.
         running: Sessions at work.
         cycles: Generations that ended since the process began.
         fenced: Whether another runner took over.

@@ -111,7 +111,8 @@ class StoreClient:
         self._queue: deque[_Waiting] = deque()
         self._queued_bytes = 0
         self._is_closed = False
-        # Commits settle in the order in which they were made.
+        # Batches whose outcome is known and not told yet; in the order in which they were made.
+        self._answered: deque[Callable[[], None]] = deque()
         self._made = 0
         self._settled = 0
         self._draining: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -333,24 +334,30 @@ class StoreClient:
                 try:
                     answer = await self._deliver(taken)
                 except AidbError as error:
-                    loop.call_soon(self._fail, taken, error)
+                    self._answered.append(partial(self._fail, taken, error))
                 else:
                     self._next_seq += len(taken)
-                    # The next batch goes first: those told here run while it is on its way.
-                    loop.call_soon(self._settle, taken, answer)
+                    self._answered.append(partial(self._settle, taken, answer))
+                # The next batch goes first: those told here run while it is on its way.
+                loop.call_soon(self._tell_answered)
                 answered, taken = len(taken), []
         except BaseException:
             # The loop closes, or this has a bug. What is on its way may arrive; what waits here
             # will not.
             self._superseded, self._client_id = self._superseded or self._client_id, 0
-            self._fail(taken, _unknown("the event loop closed before the answer came."))
             waiting = list(self._queue)
             self._queue.clear()
             self._queued_bytes = 0
+            self._tell_answered()
+            self._fail(taken, _unknown("the event loop closed before the answer came."))
             self._fail(waiting, _unsent())
             raise
         finally:
             self._pumping = None
+
+    def _tell_answered(self) -> None:
+        while self._answered:
+            self._answered.popleft()()
 
     def _take(self, answered: int) -> list[_Waiting]:
         """Take what goes together. Who made those just `answered` may make as many again soon."""

@@ -205,7 +205,8 @@ class Collection(Generic[R]):
             if isinstance(owner := self._owner(session, site, insert.key), Transaction)
         ]
         if earlier or site.writes.unsent:
-            self._run(site, transaction, [insert.value for insert in inserts], earlier)
+            transaction.follow(earlier, is_of_shown=True)
+            self._run(site, transaction, [insert.value for insert in inserts])
         else:
             transaction.send_inserts(inserts)
         return transaction
@@ -258,6 +259,7 @@ class Collection(Generic[R]):
         shown = self._shown(session, site, key, group)
         if shown is None:
             self._must_be_possible(session, site, key, group)
+        is_of_shown = callable(changes)
         if callable(changes):
             changes = self._run_draft(key, shown, changes)
         fields = self._codec.prepare(self.name, changes, key)
@@ -266,7 +268,7 @@ class Collection(Generic[R]):
         value: Shown = ...
         if shown is not None:
             value = self._codec.patch(self.name, shown.value, fields, key)
-        return self._write(site, session, intent, value, group)
+        return self._write(site, session, intent, value, group, is_of_shown=is_of_shown)
 
     def delete(
         self,
@@ -516,7 +518,14 @@ class Collection(Generic[R]):
         return lambda fields: test(cast("dict[str, Any]", fields)) is True
 
     def _write(
-        self, site: Site, session: str, intent: Patch, value: Shown, group: Group | None
+        self,
+        site: Site,
+        session: str,
+        intent: Patch,
+        value: Shown,
+        group: Group | None,
+        *,
+        is_of_shown: bool = False,
     ) -> Transaction:
         transaction = Transaction(session, [intent], site.client, site.writes)
         if group is not None:
@@ -524,20 +533,15 @@ class Collection(Generic[R]):
             return transaction
         owner = self._owner(session, site, intent.key)
         earlier = [owner] if isinstance(owner, Transaction) else []
-        self._run(site, transaction, [value], earlier)
+        transaction.follow(earlier, is_of_shown=is_of_shown)
+        self._run(site, transaction, [value])
         return transaction
 
-    def _run(
-        self,
-        site: Site,
-        transaction: Transaction,
-        values: Sequence[Shown],
-        earlier: Sequence[Transaction],
-    ) -> None:
+    def _run(self, site: Site, transaction: Transaction, values: Sequence[Shown]) -> None:
         transaction.show(values)
         transaction.is_queued = True
         site.writes.unsent += 1
-        site.spawn(transaction.run(self._known, earlier))
+        site.spawn(transaction.run(self._known))
 
     def _join(
         self,

@@ -71,10 +71,13 @@ class Transaction:
         revision: Revision of the commit, 0 until it is durable.
         is_done: Whether it has ended, however it did.
         is_part: Whether it is committed with others, so that it cannot be awaited by itself.
+        goes_with_earlier: Whether it makes sense only on top of outstanding writes: see `follow`.
     """
 
     __slots__ = (
         "_client",
+        "_dependents",
+        "_earlier",
         "_error",
         "_intents",
         "_others",
@@ -82,6 +85,7 @@ class Transaction:
         "_waiter",
         "_was_told",
         "_writes",
+        "goes_with_earlier",
         "is_done",
         "is_part",
         "is_queued",
@@ -101,10 +105,14 @@ class Transaction:
         self.is_done = False
         self.is_part = False
         self.is_queued = False
+        self.goes_with_earlier = False
+        self._earlier: Sequence[Transaction] = ()
+        self._dependents: list[Transaction] = []
         self._intents = intents
         self._client = client
         self._writes = writes
-        self._shown: Sequence[Write] = ()
+        # One for each intent that shows; a None where one does not.
+        self._shown: Sequence[Write | None] = ()
         # Most are awaited once.
         self._waiter: asyncio.Future[None] | None = None
         self._others: Sequence[asyncio.Future[None]] = ()
@@ -157,12 +165,27 @@ class Transaction:
             add((session, insert.collection, insert.key), insert.value, self) for insert in inserts
         ]
 
-    async def run(self, known: Known, earlier: Sequence[Transaction] = ()) -> None:
+    def follow(self, earlier: Sequence[Transaction], *, is_of_shown: bool) -> None:
+        """Wait in `run` for outstanding writes of the same rows, on top of which this one is made.
+
+        If one of them is refused this one goes with it, when it was made of the value that showed
+        (`is_of_shown`) or of a row that was only about to be inserted; so a change of fields goes
+        with the insert below, also when other changes lie between. Else it is made again on the
+        row as it is.
+        """
+        self._earlier = earlier
+        self.goes_with_earlier = is_of_shown or any(
+            below.goes_with_earlier or any(isinstance(each, Insert) for each in below._intents)
+            for below in earlier
+        )
+        if self.goes_with_earlier:
+            for below in earlier:
+                below._dependents.append(self)
+
+    async def run(self, known: Known) -> None:
         """Make and send mutations until the store accepts them or refuses for good.
 
         The first try is made on rows as they are `known` here, later ones on the store's.
-        `earlier` are outstanding writes of the same rows: this one was made on top of them, so
-        it waits for them and fails with them.
 
         Writes of one process to known rows are sent in the order in which they were made: up to
         the sending there is nothing to wait for.
@@ -171,9 +194,10 @@ class Transaction:
             self.is_queued = False
             self._writes.unsent -= 1
         try:
-            for transaction in earlier:
+            for transaction in self._earlier:
                 await transaction.finished()
-                _check_durable(transaction, self._intents[0])
+            if self.is_done:
+                return
             self.settle(await self._send_until_settled(known), None)
         except asyncio.CancelledError:
             self.settle(0, _closed())
@@ -186,10 +210,7 @@ class Transaction:
             # What is known here may be stale: a refusal counts only on the store's word.
             is_certain = attempt > 0
             try:
-                mutations = await make_mutations(
-                    self._client, self.session, self._intents, None if is_certain else known
-                )
-                return await self._client.commit(mutations)
+                return await self._try(None if is_certain else known)
             except ConflictError as error:
                 is_decided = error.code != "conflict" or _is_expected(self._intents, error)
                 if attempt == MAX_REMAKES or (is_decided and is_certain):
@@ -199,22 +220,66 @@ class Transaction:
                     raise
         raise AssertionError
 
+    async def _try(self, known: Known | None) -> int:
+        mutations = await make_mutations(self._client, self.session, self._intents, known)
+        revision = await self._client.commit(mutations)
+        self._take_over(mutations)
+        return revision
+
     def show(self, values: Sequence[bytes | EllipsisType | None]) -> None:
         """Show the rows in this process as they will be; `...` for one that is not known here."""
         session, add = self.session, self._writes.add
         self._shown = [
-            add((session, intent.collection, intent.key), value, self)
+            None if value is ... else add((session, intent.collection, intent.key), value, self)
             for intent, value in zip(self._intents, values, strict=True)
-            if value is not ...
         ]
 
+    def _take_over(self, mutations: Sequence[Mutation]) -> None:
+        """Show what was committed: a patch that was made again made another row than it showed."""
+        for write, mutation in zip(self._shown, mutations, strict=False):
+            if write is not None:
+                write.value = mutation.value if isinstance(mutation, Insert | Update) else None
+
     def settle(self, revision: int, error: Exception | None) -> None:
-        """Record how it ended, settle what is shown, and wake whoever awaits."""
+        """Record how it ended, settle what is shown, and wake whoever awaits.
+
+        What goes with a refused write goes in the same step: whoever is woken must not build on
+        it anew, or one refusal would never end.
+        """
+        self._settle_one(revision, error)
+        refused: list[Transaction] = [self] if error is not None else []
+        while refused:
+            for dependent in refused.pop()._take_dependents():
+                if not dependent.is_done:
+                    dependent._settle_one(0, dependent._rolled_back())
+                    refused.append(dependent)
+        self._dependents = []
+
+    def _take_dependents(self) -> list[Transaction]:
+        dependents, self._dependents = self._dependents, []
+        return dependents
+
+    def _rolled_back(self) -> ConflictError:
+        intent = self._intents[0]
+        where = (self.session, intent.collection, intent.key)
+        row = self._writes.durable(where, None)
+        return ConflictError(
+            f"{intent.collection}[{intent.key!r}] was written on top of a write that was refused.",
+            code="rolled_back",
+            collection=intent.collection,
+            key=intent.key,
+            current=None if row is None else msgspec.json.decode(row.value),
+            revision=0 if row is None else row.revision,
+        )
+
+    def _settle_one(self, revision: int, error: Exception | None) -> None:
         self.is_done = True
         self.revision = revision
         self._error = error
         writes = self._writes
         for write in self._shown:
+            if write is None:
+                continue
             if error is None:
                 writes.succeed(write, revision)
             else:
@@ -310,16 +375,6 @@ def _is_expected(intents: Sequence[Intent], error: ConflictError) -> bool:
         and (intent.collection, intent.key) == (error.collection, error.key)
         for intent in intents
     )
-
-
-def _check_durable(earlier: Transaction, intent: Intent) -> None:
-    if earlier.failed:
-        raise ConflictError(
-            f"{intent.collection}[{intent.key!r}] was written on top of a write that was refused.",
-            code="rolled_back",
-            collection=intent.collection,
-            key=intent.key,
-        )
 
 
 def _closed() -> UnavailableError:

@@ -35,6 +35,11 @@ class Place:
         return Witness(self.root / "calls.jsonl")
 
     @property
+    def answers(self) -> Witness:
+        """Notes each reply that the driver got: no more is to be done in its session."""
+        return Witness(self.root / "answers.jsonl")
+
+    @property
     def events(self) -> Witness:
         """Notes starts and ends of the driver, and kills."""
         return Witness(self.root / "events.jsonl")

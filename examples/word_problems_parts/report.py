@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from examples.word_problems_parts.problems import Problem
-from examples.word_problems_parts.witness import find_interruptions, find_repeats
+from examples.word_problems_parts.witness import find_deaths, find_repeats
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Found:
 
     Attributes:
         replies: The text of every reply row, by session or else by what it answers.
-        rounds, calls, events: Lines of the witnesses, of all drivers.
+        rounds, calls, events, answers: Lines of the witnesses, of all drivers.
         is_scripted: Whether the model played the references, one call for each mark.
         tokens: Tokens that the model streamed in finished rounds.
         started_ns: When this driver began; earlier lines are of other drivers.
@@ -63,14 +63,14 @@ class Found:
     tokens: int
     started_ns: int
     seconds: float
+    answers: Sequence[Mapping[str, Any]] = ()
 
 
 def judge(found: Found) -> tuple[Report, list[str]]:
     """Return the figures, and in words what must not have happened."""
-    lines = sorted([*found.rounds, *found.calls], key=lambda line: line["at_ns"])
-    interruptions = find_interruptions(found.events, lines)
-    rounds = find_repeats(found.rounds, interruptions)
-    calls = find_repeats(found.calls, interruptions)
+    deaths = find_deaths(found.events)
+    rounds = find_repeats(found.rounds, deaths, [*found.calls, *found.answers])
+    calls = find_repeats(found.calls, deaths, [*found.rounds, *found.answers])
     victims = Counter(event["victim"] for event in found.events if event["event"] == "kill")
     sessions = {problem.session for problem in found.problems}
     counts = {each: len(found.replies.get(each, ())) for each in sessions | found.replies.keys()}
@@ -93,8 +93,8 @@ def judge(found: Found) -> tuple[Report, list[str]]:
     )
     wrongs = [f"{session} has {n} replies" for session, n in sorted(counts.items()) if n != 1]
     wrongs += [f"{session} was not asked for" for session in sorted(counts.keys() - sessions)]
-    wrongs += [f"round {each} was repeated without a kill" for each in rounds.unexplained]
-    wrongs += [f"call {each} was repeated without a kill" for each in calls.unexplained]
+    wrongs += [f"round {each} was repeated, not cut off by a kill" for each in rounds.unexplained]
+    wrongs += [f"call {each} was repeated, not cut off by a kill" for each in calls.unexplained]
     if found.is_scripted:
         marks = sum(len(problem.marks) for problem in found.problems)
         wrongs += _differs("calls", len(found.calls) - calls.total, marks)

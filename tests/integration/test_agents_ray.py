@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from aidb_ray import (
     Agent,
@@ -112,3 +115,21 @@ async def test_shards_share_the_sessions_and_a_new_definition_replaces_them(
     assert after.pid not in {status.pid for status in before}
     answer = await newer.send("where", session="aidb://echo/3").reply(timeout_ms=SOON_MS)
     assert answer.content == f"In {after.pid}."
+
+
+async def test_a_handle_works_in_one_event_loop_after_the_other_of_a_process(db: Database) -> None:
+    class Worker:
+        """Plain code of a user, which runs an event loop for each call."""
+
+        def ask(self, agent: Agent, text: str) -> str:
+            async def ask() -> str:
+                return (await agent.send(text, session=URL).reply(timeout_ms=SOON_MS)).content
+
+            return asyncio.run(ask())
+
+    agent = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play)))
+    await agent.ready()
+    worker: Any = ray.remote(num_cpus=0)(Worker).remote()
+    for text in ("one", "two", "three"):
+        assert await worker.ask.remote(agent, text) == f"You said {text}."
+    ray.kill(worker)

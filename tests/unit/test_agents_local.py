@@ -1600,6 +1600,38 @@ async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Da
     assert "mistake" in str(generation.error)
 
 
+async def test_a_row_whose_generation_failed_waits_when_it_changes_or_the_agent_starts_again(
+    db: Database,
+) -> None:
+    answered: list[str] = []
+
+    def respond(_: str, pending: list[Task]) -> None:
+        answered.append(pending[0].body)
+        if len(answered) < 3:
+            raise RuntimeError("mistake")
+        tasks_of(db).update(pending[0].id, {"done": True})
+
+    agent = await start_raw(db, lambda _: "done", on_response=respond)
+    await tasks_of(db).insert({"id": "a", "body": "old"})
+    for bodies in (["old"], ["old", "new"]):
+        assert (await agent.drain_until_idle()).completed
+        assert not await agent.has_pending_work()
+        assert not await agent.run_generation_cycle()
+        assert answered == bodies
+        assert not (await raw_rows(db))[0].done
+        await tasks_of(db).update("a", {"body": "new"})
+    # The same once more is no change.
+    assert (await agent.drain_until_idle()).completed
+    assert answered == ["old", "new"]
+    await agent.aclose()
+
+    again = await start_raw(db, lambda _: "done", on_response=respond)
+    assert (await again.drain_until_idle()).completed
+    assert (await raw_rows(db))[0].done
+    ends = [generation.status for generation in await raw_generations(db)]
+    assert sorted(ends) == ["completed", "failed", "failed"]
+
+
 async def test_on_response_may_change_a_draft_of_a_row_that_others_wrote(
     db: Database, elsewhere: Database
 ) -> None:
@@ -1798,3 +1830,45 @@ async def test_a_definition_is_checked_before_anything_starts(db: Database) -> N
         create_agent(name="planner", **raw)
     assert raised.value.code == "generate_required"
     assert not db.local_shards
+
+
+async def test_a_round_that_waited_for_something_cancelled_fails_once(db: Database) -> None:
+    asked = 0
+
+    async def play(_messages: Sequence[ModelMessage]) -> Reply:
+        nonlocal asked
+        asked += 1
+        gone = asyncio.get_running_loop().create_future()
+        gone.cancel()
+        return await gone
+
+    agent = await start(Model(), adapter=ScriptedModel(play))
+    with pytest.raises(ModelError, match="cancelled") as raised:
+        await ask(agent, "hello")
+
+    assert raised.value.code == "agent_error"
+    assert asked == 1
+
+
+async def test_half_a_surrogate_pair_fails_the_round_and_not_the_others(db: Database) -> None:
+    agent = await start(lambda messages: [messages[-1].content, "\ud83d"][-1:])
+    with pytest.raises(ModelError, match="surrogate"):
+        await ask(agent, "hello")
+    assert (await ask(await start(echo, name="other"), "hi", "aidb://other/1")).content
+
+
+async def test_an_error_of_a_tool_that_names_a_strange_file_is_an_answer(db: Database) -> None:
+    runs = 0
+
+    @tool
+    def look() -> str:
+        nonlocal runs
+        runs += 1
+        raise RuntimeError("cannot read caf\udce9.txt")
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        return CallTool("look") if messages[-1].role == "user" else "It cannot be read."
+
+    agent = await start(play, tools=[look])
+    assert (await ask(agent, "look")).content == "It cannot be read."
+    assert runs == 1

@@ -574,3 +574,22 @@ async def test_meta_names_the_partitions(tmp_path: Path) -> None:
 
     text = (tmp_path / "default" / "p2" / "META").read_text()
     assert json.loads(text[text.index("{") :])["partitions"] == 3
+
+
+async def test_waiting_for_writes_does_not_wait_for_those_made_meanwhile(tmp_path: Path) -> None:
+    async with connect("local", data_dir=tmp_path) as database:
+        rows = database.session("aidb://a/1").collection("rows")
+        await rows.insert({"id": "a", "n": 0})
+
+        async def write_on() -> None:
+            while True:
+                await rows.update("a", {"n": 1})
+
+        writers = [asyncio.create_task(write_on()) for _ in range(3)]
+        await rows.update("a", {"n": 2})
+        async with asyncio.timeout(10):
+            await database.partitions[0].drain()
+            await database.aclose()
+        for writer in writers:
+            with pytest.raises(UnavailableError, match="closed"):
+                await asyncio.wait_for(writer, 10)

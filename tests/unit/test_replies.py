@@ -9,6 +9,7 @@ import pytest
 from aidb_ray import (
     Agent,
     AgentMessage,
+    ConfigError,
     Database,
     Generation,
     KeyMissingError,
@@ -224,6 +225,17 @@ async def test_a_message_and_its_end_that_a_lost_feed_missed_are_looked_up(
     await handle.sent
     await answer(db, "m")
     assert (await handle.reply(timeout_ms=SOON_MS)).content == "to m"
+
+
+async def test_who_asks_an_agent_that_is_not_there_is_told(db: Database) -> None:
+    nobody = db.agent("nobody")
+    for _ in range(2):
+        handle = nobody.send("hello", session=URL)
+        with pytest.raises(ConfigError, match="nobody"):
+            await handle.reply(timeout_ms=SOON_MS)
+        with pytest.raises(ConfigError, match="nobody"):
+            async for _event in handle:
+                pass
 
 
 async def test_what_nobody_waits_for_is_not_kept_for_ever(

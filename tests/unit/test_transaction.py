@@ -78,6 +78,90 @@ async def test_what_was_written_on_top_of_a_refused_write_goes_with_it(tmp_path:
         assert await rows.find("a") == {"id": "a", "n": 1}
 
 
+async def test_fields_changed_on_top_of_a_refused_change_are_changed_in_the_row_as_it_is(
+    tmp_path: Path,
+) -> None:
+    async with open_store(tmp_path) as store:
+        rows = Process(store).collection("rows")
+        await rows.insert({"id": "a", "n": 1})
+        first = rows.update("a", {"n": 2}, when=lambda r: eq(r.n, 5))
+        second = rows.update("a", {"m": 3})
+        third = rows.update("a", {"k": 4}, when=lambda r: eq(r.m, 3))
+
+        results = await asyncio.gather(*map(finish, (first, second, third)))
+
+        assert [getattr(result, "code", None) for result in results] == [
+            "condition_failed",
+            None,
+            None,
+        ]
+        assert await rows.find("a") == {"id": "a", "n": 1, "m": 3, "k": 4}
+
+
+async def test_a_change_that_was_made_again_is_what_the_next_one_is_made_on(
+    tmp_path: Path,
+) -> None:
+    async with open_store(tmp_path) as store:
+        rows, others = (Process(store).collection("rows") for _ in range(2))
+        await rows.insert({"id": "a", "n": 1})
+        await others.update("a", {"m": 2})
+
+        # This process does not follow the rows, and knows nothing of the change.
+        await rows.update("a", {"n": 3})
+        assert rows.get("a") == {"id": "a", "n": 3, "m": 2}
+        await rows.update("a", {"k": 4})
+
+        assert await rows.find("a") == {"id": "a", "n": 3, "m": 2, "k": 4}
+
+
+async def test_a_draft_of_a_refused_change_goes_with_it_and_tells_the_row_as_it_is(
+    tmp_path: Path,
+) -> None:
+    def add_one(draft: Any) -> None:
+        draft["n"] += 1
+
+    async with open_store(tmp_path) as store:
+        rows = Process(store).collection("rows")
+        await rows.insert({"id": "a", "n": 1})
+        first = rows.update("a", {"n": 10}, when=lambda r: eq(r.n, 5))
+        second = rows.update("a", add_one)
+        assert rows.get("a") == {"id": "a", "n": 11}
+
+        results = await asyncio.gather(*map(finish, (first, second)))
+
+        assert isinstance(results[1], ConflictError)
+        assert (results[1].code, results[1].current) == ("rolled_back", {"id": "a", "n": 1})
+        assert rows.get("a") == await rows.find("a") == {"id": "a", "n": 1}
+
+
+async def test_writers_that_build_on_each_other_get_over_a_refusal(tmp_path: Path) -> None:
+    def add_one(draft: Any) -> None:
+        draft["n"] += 1
+
+    async with open_store(tmp_path) as store:
+        rows = Process(store).collection("rows")
+        await rows.insert({"id": "a", "n": 0})
+        refusals = 0
+
+        async def count_to(number: int) -> None:
+            nonlocal refusals
+            done = 0
+            while done < number:
+                refusal = await finish(rows.update("a", add_one))
+                done += refusal is None
+                refusals += refusal is not None
+
+        async def refused() -> None:
+            await finish(rows.update("a", {"n": -1}, when=lambda r: eq(r.n, -5)))
+
+        counting = [count_to(20) for _ in range(8)]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*counting[:4], refused(), *counting[4:])
+
+        assert await rows.find("a") == {"id": "a", "n": 160}
+        assert 0 < refusals < 50
+
+
 async def finish(writing: Any) -> Exception | None:
     try:
         await writing

@@ -24,10 +24,10 @@ from examples.word_problems_parts.place import name_task, open_place
 from examples.word_problems_parts.problems import Problem
 from examples.word_problems_parts.report import Found, judge, make_table
 from examples.word_problems_parts.witness import (
-    Interruption,
+    Death,
     Repeats,
     Witness,
-    find_interruptions,
+    find_deaths,
     find_repeats,
 )
 
@@ -51,34 +51,93 @@ def test_lines_of_several_processes_are_all_there(tmp_path: Path) -> None:
     assert [line["at_ns"] for line in lines] == sorted(line["at_ns"] for line in lines)
 
 
-def line(at_ns: int, key: str = "k", session: str = "s") -> dict[str, Any]:
-    return {"at_ns": at_ns, "session": session, "key": key}
+def line(at_ns: int, key: str = "k", session: str = "s", pid: int = 1) -> dict[str, Any]:
+    return {"at_ns": at_ns, "session": session, "key": key, "pid": pid}
+
+
+def kill(pid: int, from_ns: int, until_ns: int) -> Death:
+    return Death(pid, 0, until_ns, from_ns)
 
 
 @pytest.mark.parametrize(
-    ("interruptions", "unexplained"),
+    ("deaths", "unexplained"),
     [
         ([], ["s k"]),
-        ([Interruption(15, 16)], []),
-        ([Interruption(8, 10)], []),
-        ([Interruption(20, 22)], []),
-        ([Interruption(5, 25)], []),
-        ([Interruption(5, 9)], ["s k"]),
-        ([Interruption(21, 30)], ["s k"]),
+        ([kill(1, 15, 16)], []),
+        ([kill(1, 8, 10)], []),
+        ([kill(1, 20, 22)], []),
+        ([kill(1, 5, 25)], []),
+        ([kill(1, 5, 9)], ["s k"]),
+        ([kill(1, 21, 30)], ["s k"]),
+        # Of whoever ran it again, or of a store.
+        ([kill(2, 15, 16), kill(3, 15, 16)], ["s k"]),
+        ([Death(None, 5, 15, 15)], []),
+        ([Death(None, 11, 15, 15)], ["s k"]),
+        ([Death(None, 5, 30, 30)], ["s k"]),
     ],
 )
-def test_a_repeat_needs_a_kill_between(
-    interruptions: list[Interruption], unexplained: list[str]
+def test_a_repeat_needs_the_end_of_the_process_before(
+    deaths: list[Death], unexplained: list[str]
 ) -> None:
-    lines = [line(1, "other"), line(10), line(12, session="t"), line(20)]
+    lines = [line(1, "other"), line(10), line(12, session="t"), line(20, pid=2)]
 
-    assert find_repeats(lines, interruptions) == Repeats(1, unexplained)
+    assert find_repeats(lines, deaths) == Repeats(1, unexplained)
 
 
-def test_each_repeat_needs_a_kill_of_its_own() -> None:
-    lines = [line(10), line(20), line(30)]
+def test_each_repeat_needs_an_end_of_its_own() -> None:
+    lines = [line(10), line(20, pid=2), line(30, pid=3)]
 
-    assert find_repeats(lines, [Interruption(15, 15)]) == Repeats(2, ["s k"])
+    assert find_repeats(lines, [kill(1, 15, 15)]) == Repeats(2, ["s k"])
+    assert find_repeats(lines, [kill(1, 15, 15), kill(2, 25, 25)]) == Repeats(2, [])
+
+
+@pytest.mark.parametrize("proof", [line(12, "1"), line(17, "1", pid=2), line(12, "answer", pid=9)])
+def test_what_the_next_step_shows_as_finished_must_not_be_repeated(proof: dict[str, Any]) -> None:
+    lines = [line(10, "g:0:0"), line(20, "g:0:0", pid=2)]
+
+    assert find_repeats(lines, [kill(1, 15, 16)], [proof]) == Repeats(1, ["s g:0:0"])
+
+
+def test_calls_of_one_round_are_in_flight_together() -> None:
+    calls = [line(10, "g:0:0"), line(11, "g:0:1"), line(20, "g:0:0", pid=2)]
+    calls.append(line(21, "g:0:1", pid=2))
+
+    assert find_repeats(calls, [kill(1, 15, 16)], [line(9, "0")]) == Repeats(2, [])
+
+
+def worked_steps(sessions: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return rounds and calls of sessions at work, one step every 10 ns, by process 1."""
+    urls = [str(number) for number in range(sessions)]
+    rounds = [line(at + 10, str(n), url) for url in urls for n, at in enumerate((0, 20, 40))]
+    calls = [line(at + 20, f"g:{n}:0", url) for url in urls for n, at in enumerate((0, 20))]
+    return rounds, calls
+
+
+def test_kills_all_the_time_explain_no_repeat_of_what_was_finished() -> None:
+    rounds, calls = worked_steps(sessions=100)
+    events = [event(at, "kill", victim_pid=at % 3, from_ns=at - 1) for at in range(52, 1_000, 2)]
+    deaths = find_deaths([event(1, "start"), *events, event(1_000, "end")])
+    again = [{**each, "at_ns": 999, "pid": 2} for each in calls]
+
+    found = find_repeats([*calls, *again], deaths, rounds)
+
+    assert (found.total, len(found.unexplained)) == (200, 200)
+
+
+def test_a_driver_that_died_explains_no_repeat_of_what_was_finished() -> None:
+    rounds, calls = worked_steps(sessions=100)
+    deaths = find_deaths([event(1, "start"), event(60, "start"), event(90, "end")])
+    last = [each for each in rounds if each["key"] == "2"]
+    again = [{**each, "at_ns": 70, "pid": 2} for each in [*calls, *last]]
+
+    of_calls = find_repeats([*calls, *again[:200]], deaths, rounds)
+    of_rounds = find_repeats([*rounds, *again[200:]], deaths, calls)
+    answers = [line(55, "answer", each["session"], pid=9) for each in last[:50]]
+    of_answered = find_repeats([*rounds, *again[200:]], deaths, [*calls, *answers])
+
+    assert (of_calls.total, len(of_calls.unexplained)) == (200, 200)
+    assert of_rounds == Repeats(100, [])
+    assert of_answered.unexplained == [f"{each} 2" for each in range(50)]
 
 
 def event(at_ns: int, name: str, **more: Any) -> dict[str, Any]:
@@ -86,21 +145,22 @@ def event(at_ns: int, name: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_kill_lasts_until_the_process_is_gone() -> None:
-    events = [event(1, "start"), event(9, "kill", from_ns=7), event(20, "end")]
+    killed = event(9, "kill", victim_pid=4, from_ns=7)
 
-    assert find_interruptions(events, [line(3), line(12)]) == [Interruption(7, 9)]
+    assert find_deaths([event(1, "start"), killed, event(20, "end")]) == [Death(4, 0, 9, 7)]
 
 
-def test_a_driver_without_end_was_killed_after_its_last_line() -> None:
-    lines = [line(3), line(12), line(31)]
+def test_a_driver_without_end_died_with_its_own_cluster() -> None:
+    killed = event(9, "kill", victim_pid=4, from_ns=7)
 
-    found = find_interruptions([event(1, "start"), event(30, "start"), event(40, "end")], lines)
-    ended = find_interruptions([event(1, "start"), event(20, "end"), event(30, "start")], lines)
-    idle = find_interruptions([event(1, "start"), event(2, "start")], lines)
+    died = find_deaths([event(1, "start"), killed, event(30, "start"), event(40, "end")])
+    ended = find_deaths([event(1, "start"), event(20, "end"), event(30, "start")])
+    twice = find_deaths([event(at, "start", joined=False) for at in (1, 2, 5)])
+    joined = find_deaths([event(1, "start", joined=True), event(30, "start")])
 
-    assert found == [Interruption(12, 30)]
-    assert ended == []
-    assert idle == [Interruption(2, 2)]
+    assert died == [Death(4, 0, 9, 7), Death(None, 1, 30, 30)]
+    assert ended == joined == []
+    assert twice == [Death(None, 1, 2, 2), Death(None, 2, 5, 5)]
 
 
 @dataclass(frozen=True)
@@ -219,7 +279,7 @@ def test_a_good_run_has_nothing_wrong() -> None:
         ({"replies": {PROBLEM.session: ["#### 2"], "x": ["#### 2"]}}, "x was not asked for"),
         (
             {"calls": [line(3, "c", PROBLEM.session), line(4, "c", PROBLEM.session)]},
-            "call aidb://problems/0 c was repeated without a kill",
+            "call aidb://problems/0 c was repeated, not cut off by a kill",
         ),
         (
             {"calls": [line(3, "c", PROBLEM.session), line(4, "d", PROBLEM.session)]},
@@ -233,14 +293,36 @@ def test_what_must_not_happen_is_said(changes: Mapping[str, Any], wrong: str) ->
 
 
 def test_a_repeat_across_a_kill_is_counted_and_not_wrong() -> None:
-    kill = event(4, "kill", victim="shard at work", from_ns=3)
-    twice = [line(3, "c", PROBLEM.session), line(6, "c", PROBLEM.session)]
+    killed = event(4, "kill", victim="shard at work", victim_pid=1, from_ns=3)
+    twice = [line(3, "c", PROBLEM.session), line(6, "c", PROBLEM.session, pid=2)]
+    rounds = [line(2, "0", PROBLEM.session), line(7, "1", PROBLEM.session, pid=2)]
+    changes = {"events": [event(1, "start"), killed, event(9, "end")], "calls": twice}
 
-    report, wrongs = judge(found(events=[event(1, "start"), kill, event(9, "end")], calls=twice))
+    report, wrongs = judge(found(**changes, rounds=rounds))
 
     assert wrongs == []
     assert (report.tool_calls, report.duplicate_tool_calls) == (2, 1)
     assert (report.kills, report.kills_of_store, report.kills_of_shards_at_work) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": [line(2, "0", PROBLEM.session), line(4, "1", PROBLEM.session)]},
+        {"answers": [line(5, "answer", PROBLEM.session, pid=9)]},
+    ],
+)
+def test_a_repeat_of_a_finished_call_is_wrong_whatever_was_killed(
+    changes: Mapping[str, Any],
+) -> None:
+    killed = event(5, "kill", victim="shard at work", victim_pid=1, from_ns=5)
+    calls = [line(3, "c", PROBLEM.session), line(6, "c", PROBLEM.session, pid=2)]
+    rounds = [line(2, "0", PROBLEM.session), line(7, "1", PROBLEM.session, pid=2)]
+    events = [event(1, "start"), killed, event(9, "end")]
+
+    _, wrongs = judge(found(**{"events": events, "calls": calls, "rounds": rounds, **changes}))
+
+    assert wrongs == ["call aidb://problems/0 c was repeated, not cut off by a kill"]
 
 
 def test_a_wrong_answer_is_not_right() -> None:
@@ -310,6 +392,24 @@ def test_the_same_command_goes_on_and_another_starts_afresh(
     places = [parse_options(arguments).open_place() for arguments in ([], other)]
 
     assert (places[0] == places[1]) == is_same
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "joins"),
+    [
+        ([], "", False),
+        (["--address", "local"], "", False),
+        (["--address", "local"], "host:1", False),
+        (["--address", "auto"], "", True),
+        ([], "host:1", True),
+    ],
+)
+def test_agents_outlive_a_driver_only_in_a_cluster_that_it_joined(
+    monkeypatch: pytest.MonkeyPatch, address: list[str], variable: str, *, joins: bool
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+
+    assert parse_options(address).joins_cluster == joins
 
 
 def test_a_named_directory_goes_on_with_and_without_kills(tmp_path: Path) -> None:
