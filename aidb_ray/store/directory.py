@@ -30,7 +30,7 @@ from aidb_ray.errors import (
 )
 from aidb_ray.store.files import FileSystem, is_full, replace_file
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _MAX_META_BYTES: Final = 64 << 10
 _MAX_OWNER_BYTES: Final = 4 << 10
 # Here a lock or a sync may hold on one machine and mean nothing on the next.

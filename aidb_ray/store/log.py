@@ -39,6 +39,7 @@ from aidb_ray.store.frames import (
 from aidb_ray.store.memory import LogStats, MemoryLog
 from aidb_ray.store.recovery import Recovered, first_needed, recover
 from aidb_ray.store.segments import (
+    HEAD_BYTES,
     Position,
     SegmentHead,
     SegmentReader,
@@ -90,8 +91,8 @@ def create_store(
     try:
         home = create_directory(directory, files, meta)
         nothing = Tail(0, 0, 0, meta.salt)
-        head, _ = encode_head(0, prev_end=0, salt=meta.salt, epoch=0, tail=nothing)
-        files.close(create_segment(files, home.log, 0, head, 0))
+        head, _ = encode_head(0, prev_end=0, size=HEAD_BYTES, salt=meta.salt, epoch=0, tail=nothing)
+        files.close(create_segment(files, home.log, 0, head, HEAD_BYTES))
         # META makes it a store, so it comes last.
         home.write_meta(meta)
     except OSError as error:

@@ -1,7 +1,15 @@
 """Recovery: what of a log may be believed when it is opened. Reads only; decides, changes nothing.
 
-The rule: damage is never taken for "was not written". The end of the log is cut only where a
-crash must have torn the last write, which is never one that was acknowledged.
+The rule: damage is never taken for "was not written". The end of the log is cut only where it
+looks as a crash leaves the last write: zeros stand where bytes of it should be, nothing follows,
+and the file is as long as it was made. A shorter file was cut by something else.
+
+The limit: zeros that something else wrote over the last frames, up to the end of the file, or
+over a sector of the last one, read as never written: a crash leaves the same bytes, and no second
+sync per commit is spent on telling them apart. They are found if they begin before what is known
+to be durable from elsewhere: the end of the segment before, the newest snapshot, and META, which
+notes it at each opening and each clean closing. After that they lose the frames that they touch.
+The cut is logged if something of the first of these is left; at a frame's boundary nothing is.
 """
 
 from __future__ import annotations
@@ -180,6 +188,8 @@ def _recover_last(
         for _, _, data in walk:
             before, after, payload = after, walk.tail, data
         torn_bytes = _judge_end(reader, walk, watermark)
+        if not walk.is_sealed:
+            _check_size(reader, head, walk.tail)
     if walk.is_sealed or watermark.segment > head.number:
         missing = segment_path(directory, head.number + 1)
         raise CorruptionError(
@@ -227,6 +237,19 @@ def _judge_end(reader: SegmentReader, walk: SegmentWalk, watermark: Position) ->
         first_revision=walk.tail.revision + 1,
         last_revision=last_revision,
     )
+
+
+def _check_size(reader: SegmentReader, head: SegmentHead, tail: Tail) -> None:
+    """Check that nothing was cut off the end of a live segment, which no crash of ours does."""
+    if reader.size < head.size:
+        raise CorruptionError(
+            f"{str(reader.path)!r} is damaged at byte {reader.size}: it ends there, and was "
+            f"{head.size} bytes long. Revisions from {tail.revision + 1} to the last may be "
+            f"affected. Nothing was changed.",
+            file=str(reader.path),
+            offset=reader.size,
+            first_revision=tail.revision + 1,
+        )
 
 
 def _is_torn(reader: SegmentReader, walk: SegmentWalk, data_end: int) -> bool:

@@ -2,11 +2,15 @@
 
 A segment begins with a HEAD frame that says where its predecessor ended, so what lies behind
 that place is void. It ends with a SEAL frame once it has a successor, so a successor that
-vanished is missed. Its file is reserved ahead and reads as zeros where nothing was written.
+vanished is missed. Its file is reserved ahead and reads as zeros where nothing was written. It
+has the size that its head names from before it gets its name until its successor is durable, so
+a live segment that is shorter was cut.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -30,7 +34,7 @@ from aidb_ray.store.frames import (
 )
 
 _WINDOW_BYTES: Final = 1 << 20
-_HEAD: Final = struct.Struct("<QQ")
+_HEAD: Final = struct.Struct("<QQQ")
 HEAD_BYTES: Final = frame_size(len(end_payload(bytes(_HEAD.size))))
 SEAL_BYTES: Final = frame_size(len(end_payload(b"")))
 
@@ -62,12 +66,14 @@ class SegmentHead:
 
     Attributes:
         prev_end: Where the segment before ends; 0 for the first one.
+        size: How long its file is until it has a successor.
         prev_chain: Chain value of the last frame before this segment.
         next_revision: Revision that its first commit has, or will have.
     """
 
     number: int
     prev_end: int
+    size: int
     prev_chain: int
     next_revision: int
     epoch: int
@@ -99,12 +105,12 @@ def segment_numbers(names: list[str]) -> list[int]:
 
 
 def encode_head(
-    number: int, *, prev_end: int, salt: int, epoch: int, tail: Tail
+    number: int, *, prev_end: int, size: int, salt: int, epoch: int, tail: Tail
 ) -> tuple[bytes, SegmentHead]:
     """Return the first frame of segment `number`, which continues `tail`, and what it says."""
     data, chain = encode_frame(
         FrameKind.HEAD,
-        end_payload(_HEAD.pack(number, prev_end)),
+        end_payload(_HEAD.pack(number, prev_end, size)),
         salt=salt,
         segment=number,
         offset=0,
@@ -118,6 +124,7 @@ def encode_head(
     return data, SegmentHead(
         number=number,
         prev_end=prev_end,
+        size=size,
         prev_chain=tail.chain,
         next_revision=tail.revision + 1,
         epoch=epoch,
@@ -144,28 +151,36 @@ def encode_seal(successor: SegmentHead, *, salt: int, epoch: int) -> bytes:
 
 
 def create_segment(
-    files: FileSystem, directory: Path, number: int, content: bytes, capacity: int
+    files: FileSystem, directory: Path, number: int, content: bytes, size: int
 ) -> int:
     """Make segment `number`, durable with its name, and return its descriptor.
 
-    It appears whole or not at all. Up to `capacity` bytes can then be written without running
-    out of space.
+    It appears whole, `size` bytes long, or not at all; so it may take the place of one without
+    data. It can then be filled without running out of space.
     """
     path = segment_path(directory, number)
     draft = path.with_name(path.name + ".tmp")
     fd = files.open(draft, write=True, create=True)
     try:
-        files.allocate(fd, 0, max(capacity, len(content)))
+        files.allocate(fd, 0, size)
         write_all(files, fd, content, 0)
         files.sync_data(fd)
         files.rename(draft, path)
-        files.sync_directory(directory)
+        _sync_name(files, directory)
     except OSError:
         files.close(fd)
         with suppress(OSError):  # It holds the space that was missing; its name is not ours yet.
             files.unlink(draft)
         raise
     return fd
+
+
+def _sync_name(files: FileSystem, directory: Path) -> None:
+    try:
+        files.sync_directory(directory)
+    except OSError as error:
+        # The name is there already, so not even "disk full" may be undone and tried again.
+        raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
 
 
 class SegmentReader:
@@ -253,11 +268,12 @@ def read_head(reader: SegmentReader) -> SegmentHead:
     if header is not None and header.kind == FrameKind.HEAD:
         payload = reader.payload(0, header)
         if is_intact(payload, header):
-            number, prev_end = _HEAD.unpack_from(payload)
+            number, prev_end, size = _HEAD.unpack_from(payload)
             if number == reader.number:
                 return SegmentHead(
                     number=number,
                     prev_end=prev_end,
+                    size=size,
                     prev_chain=header.prev_chain,
                     next_revision=header.first_revision,
                     epoch=header.epoch,

@@ -29,12 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class LiveSegment:
-    """A segment open for writing; `allocated` bytes of it cannot run out of space."""
+    """A segment open for writing.
+
+    Attributes:
+        allocated: How long the file is; so many bytes cannot run out of space.
+        writing: How many bytes after `tail` a write may have left that was not finished.
+    """
 
     head: SegmentHead
     fd: int
     allocated: int
     tail: Tail
+    writing: int = 0
 
 
 class LogWriter:
@@ -106,8 +112,10 @@ class LogWriter:
                 committed=revision,
                 prev_chain=chain,
             )
+            live.writing = len(data)
             write_all(self._files, live.fd, data, offset)
             self._sync(live.fd)
+            live.writing = 0
         except OSError as error:
             self._undo(error)
             raise storage_error(error, "appending to", self._path(self._live.head)) from error
@@ -153,7 +161,8 @@ class LogWriter:
         """Return a segment that takes `size` more bytes, and a seal, without running out."""
         live = self._live
         needed = live.tail.offset + size + SEAL_BYTES
-        if self._next is None and needed > self._segment_bytes and live.tail.offset > HEAD_BYTES:
+        limit = min(live.allocated, self._segment_bytes)
+        if self._next is None and needed > limit and live.tail.offset > HEAD_BYTES:
             self._next = self._create_segment(live.tail, HEAD_BYTES + size + SEAL_BYTES)
         if self._next is not None:
             self._seal(live.fd, self._next.head)
@@ -163,18 +172,36 @@ class LogWriter:
             with self._mutex:
                 self.heads = (*self.heads, live.head)
             needed = live.tail.offset + size + SEAL_BYTES
-        if needed > live.allocated:
-            end = max(needed, self._segment_bytes)
-            self._files.allocate(live.fd, live.allocated, end - live.allocated)
-            live.allocated = end
+        return live if needed <= live.allocated else self._replace(needed)
+
+    def _replace(self, size: int) -> LiveSegment:
+        """Make the live segment, which holds only its head, anew with at least `size` bytes.
+
+        It never grows in place: the size that its head names would no longer be its size.
+        """
+        old = self._live
+        head = old.head
+        before = Tail(head.number - 1, head.prev_end, head.next_revision - 1, head.prev_chain)
+        live = self._create_segment(before, size)
+        self._files.close(old.fd)
+        with self._mutex:
+            self.heads = (*self.heads[:-1], live.head)
+        self._live = live
         return live
 
     def _create_segment(
         self, before: Tail, room: int, carried: UnprovenFrame | None = None
     ) -> LiveSegment:
         number = before.segment + 1
+        carried_bytes = 0 if carried is None else frame_size(len(carried.payload))
+        size = max(self._segment_bytes, room, HEAD_BYTES + carried_bytes + SEAL_BYTES)
         content, head = encode_head(
-            number, prev_end=before.offset, salt=self._salt, epoch=self._epoch, tail=before
+            number,
+            prev_end=before.offset,
+            size=size,
+            salt=self._salt,
+            epoch=self._epoch,
+            tail=before,
         )
         tail = head.tail
         if carried is not None:
@@ -194,10 +221,9 @@ class LogWriter:
             content += data
             revision = carried.header.next_revision - 1
             tail = Tail(number, len(content), revision, chain)
-        capacity = max(self._segment_bytes, room, len(content) + SEAL_BYTES)
-        fd = create_segment(self._files, self._directory, number, content, capacity)
+        fd = create_segment(self._files, self._directory, number, content, size)
         self.syncs += 1
-        return LiveSegment(head, fd, capacity, tail)
+        return LiveSegment(head, fd, size, tail)
 
     def _seal_file(self, head: SegmentHead, successor: SegmentHead) -> None:
         fd = self._files.open(self._path(head), write=True)
@@ -223,15 +249,25 @@ class LogWriter:
         self.syncs += 1
 
     def _undo(self, error: OSError) -> None:
-        """Leave nothing of a write that did not fit; give up for good if that cannot be known."""
+        """Leave nothing of a write that did not fit; give up for good if that cannot be known.
+
+        What arrived is overwritten, not cut off: a live segment keeps its size.
+        """
         live = self._live
         if not is_full(error):
             raise self._fail(error) from error
+        if not live.writing:
+            return
         try:
-            self._files.truncate(live.fd, live.tail.offset)
+            offset = live.tail.offset
+            arrived = self._files.read(live.fd, live.writing, offset).rstrip(b"\0")
+            if arrived:
+                write_all(self._files, live.fd, bytes(len(arrived)), offset)
         except OSError as second:
             raise self._fail(second) from error
-        live.allocated = live.tail.offset
+        if arrived:
+            self._sync(live.fd)
+        live.writing = 0
 
     def _fail(self, error: OSError) -> StorageError:
         self._failure = StorageError(

@@ -1,7 +1,13 @@
-"""Damage of every kind, anywhere in a log: found and named, or a torn tail; never served.
+"""Damage of every kind, anywhere in a log: found and named; never served.
 
-What may be lost is only what the rule of recovery calls a torn tail: the last frame, if nothing
-shows that it had reached the disk, and if zeros stand where it should be.
+What becomes of a damage is one of three:
+
+named   opening is refused with file and offset.
+mended  a seal was hit, which says nothing that its successor does not: noticed, logged, and
+        written anew; every row is served.
+torn    zeros stand where bytes of the last frame should be, the file is as long as ever, and
+        nothing follows. A crash in a write leaves just that, so it cannot be told from one; see
+        `recovery`. Counted apart, never among the cases of the other two.
 """
 
 from __future__ import annotations
@@ -100,19 +106,17 @@ def look(victim: Victim) -> tuple[list[int], int]:
 def judge(victim: Victim, path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> str:
     """Damage one file, look, and return what came of it; assert that it was allowed."""
     good = victim.good[path]
+    assert damaged != good
     path.write_bytes(damaged)
     caplog.clear()
     try:
         served, torn_bytes = look(victim)
     except CorruptionError as error:
-        if damaged == good or not error.file or not (error.first_revision or error.offset == 0):
-            raise AssertionError("damage where there is none, or badly named") from error
+        if not error.file or not (error.first_revision or error.offset == 0):
+            raise AssertionError("badly named") from error
         return "named"
     finally:
         victim.restore()
-    if damaged == good:
-        assert served == list(range(1, FRAMES + 1))
-        return "untouched"
     assert "torn write" in caplog.text or "sealing" in caplog.text, "nobody noticed"
     if served == list(range(1, FRAMES + 1)):
         return "mended"
@@ -120,9 +124,10 @@ def judge(victim: Victim, path: Path, damaged: bytes, caplog: pytest.LogCaptureF
     assert served == list(range(1, FRAMES)), "lost more than a torn tail"
     assert path == last_path
     assert torn_bytes > 0
+    assert len(damaged) == len(good), "a crash does not shorten the file"
     assert damaged[:start] == good[:start]
-    changed = [at for at in range(start, end) if damaged[at : at + 1] != good[at : at + 1]]
-    assert any(damaged[at : at + 1] in (b"", b"\0") for at in changed), "no byte is missing"
+    changed = [at for at in range(start, end) if damaged[at] != good[at]]
+    assert any(damaged[at] == 0 for at in changed), "no byte is missing"
     return "torn"
 
 
@@ -131,19 +136,19 @@ Damage = Callable[[Random, bytes, bytes], bytes]
 
 def flip_bit(rng: Random, content: bytes, _earlier: bytes) -> bytes:
     damaged = bytearray(content)
-    damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    damaged[rng.randrange(reach(content))] ^= 1 << rng.randrange(8)
     return bytes(damaged)
 
 
 def zero_sector(rng: Random, content: bytes, _earlier: bytes) -> bytes:
-    start = rng.randrange(len(content) // SECTOR + 1) * SECTOR
+    start = rng.randrange(reach(content) // SECTOR + 1) * SECTOR
     return content[:start] + bytes(len(content[start : start + SECTOR])) + content[start + SECTOR :]
 
 
 def swap_sectors(rng: Random, content: bytes, _earlier: bytes) -> bytes:
-    if len(content) < 2 * SECTOR:
+    if reach(content) < 2 * SECTOR:
         return content
-    first, second = sorted(rng.sample(range(len(content) // SECTOR), 2))
+    first, second = sorted(rng.sample(range(reach(content) // SECTOR), 2))
     damaged = bytearray(content)
     for target, source in ((first, second), (second, first)):
         start = source * SECTOR
@@ -153,38 +158,51 @@ def swap_sectors(rng: Random, content: bytes, _earlier: bytes) -> bytes:
 
 def copy_sector(rng: Random, content: bytes, _earlier: bytes) -> bytes:
     """A write that went astray: one sector's content where another's should be."""
-    if len(content) < 2 * SECTOR:
+    if reach(content) < 2 * SECTOR:
         return content
-    source, target = (rng.randrange(len(content) // SECTOR) * SECTOR for _ in range(2))
+    source, target = (rng.randrange(reach(content) // SECTOR) * SECTOR for _ in range(2))
     return content[:target] + content[source : source + SECTOR] + content[target + SECTOR :]
 
 
 def stale_sector(rng: Random, content: bytes, earlier: bytes) -> bytes:
     """A write that the disk forgot: a sector as it was some frames ago."""
-    start = rng.randrange(len(content) // SECTOR + 1) * SECTOR
+    start = rng.randrange(reach(content) // SECTOR + 1) * SECTOR
     size = len(content[start : start + SECTOR])
     old = earlier[start : start + size].ljust(size, b"\0")
     return content[:start] + old + content[start + size :]
+
+
+def cut_file(rng: Random, content: bytes, _earlier: bytes) -> bytes:
+    """A file that ends too early: anywhere in it, reserved space included."""
+    return content[: rng.randrange(len(content))]
 
 
 def used(content: bytes) -> int:
     return len(content.rstrip(b"\0"))
 
 
+def reach(content: bytes) -> int:
+    """Return up to where damage is of interest: a sector more than is used."""
+    return min(used(content) + SECTOR, len(content))
+
+
 def check_damage(
     victim: Victim, damage: Damage, cases: int, caplog: pytest.LogCaptureFixture
 ) -> Counter[str]:
-    """Damage used parts of segments at random, `cases` times."""
+    """Damage segments at random until `cases` damages were judged, besides those that look torn.
+
+    What a draw leaves as it was is no damage, and drawn again.
+    """
     rng = Random(damage.__name__)
     paths = [path for path in victim.good if path.suffix == ".log"]
     weights = [used(victim.good[path]) for path in paths]
     outcomes: Counter[str] = Counter()
-    for _ in range(cases):
+    while outcomes["named"] + outcomes["mended"] < cases:
         (path,) = rng.choices(paths, weights)
         good = victim.good[path]
-        end = min(used(good) + SECTOR, len(good))
-        earlier = victim.earlier.get(path, b"")
-        outcomes[judge(victim, path, damage(rng, good[:end], earlier) + good[end:], caplog)] += 1
+        damaged = damage(rng, good, victim.earlier.get(path, b""))
+        if damaged != good:
+            outcomes[judge(victim, path, damaged, caplog)] += 1
     return outcomes
 
 
@@ -195,17 +213,20 @@ def victim(tmp_path: Path) -> Victim:
 
 @pytest.mark.parametrize(
     ("damage", "cases"),
-    [(flip_bit, 800), (zero_sector, 300), (swap_sectors, 300), (copy_sector, 300),
-     (stale_sector, 300)],
+    [(flip_bit, 750), (zero_sector, 250), (swap_sectors, 250), (copy_sector, 250),
+     (stale_sector, 250), (cut_file, 250)],
 )  # fmt: skip
 def test_damage_is_found_and_never_served(
     victim: Victim, damage: Damage, cases: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert look(victim) == (list(range(1, FRAMES + 1)), 0)
+    victim.restore()
+
     outcomes = check_damage(victim, damage, cases, caplog)
 
     print(f"{damage.__name__}: {dict(outcomes)}")  # noqa: T201
-    assert outcomes["named"] > 20
-    assert outcomes.total() == cases
+    assert outcomes["named"] > cases * 0.9
+    assert not (outcomes["torn"] and damage in (flip_bit, cut_file))
 
 
 def check_every_flip_in_the_last_frame(
@@ -228,15 +249,32 @@ def test_no_flipped_bit_of_the_last_frame_is_taken_for_a_torn_write(
     assert set(check_every_flip_in_the_last_frame(victim, caplog)) == {"named"}
 
 
-def test_a_cut_anywhere_is_a_torn_tail(victim: Victim) -> None:
-    """Every length of the last three frames; at the end of a frame nothing can be seen."""
+def test_a_cut_anywhere_in_the_live_segment_is_named(
+    victim: Victim, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every length up to the end of the last frame, its boundaries too, and some behind it."""
+    path, _, end = victim.last
+    good = victim.good[path]
+    assert len(good) == SEGMENT_BYTES > end
+    lengths = [*range(0, end, 7), *victim.offsets, *range(end, len(good), 61), len(good) - 1]
+    outcomes = Counter(judge(victim, path, good[:length], caplog) for length in lengths)
+    assert outcomes == {"named": len(lengths)}
+
+
+def test_zeros_over_the_last_frames_read_as_never_written(victim: Victim) -> None:
+    """The one damage that is not named, and why it cannot be.
+
+    The file keeps its length, and is zeros from some byte on. So it was before those frames were
+    written, and so a crash leaves it that came in the middle of one: the same bytes, whether the
+    frames were acknowledged or not. Only a second place that is synced with every commit would
+    know. What is served is still a prefix of the log, and a frame cut apart is logged.
+    """
     path, _, end = victim.last
     good = victim.good[path]
     ends = [*victim.offsets[-2:], end]
     torn = 0
     for length in range(victim.offsets[-3], end):
-        # The file ends there, or goes on with zeros where space was reserved ahead.
-        path.write_bytes(good[:length].ljust(end if length % 2 else length, b"\0"))
+        path.write_bytes(good[:length].ljust(len(good), b"\0"))
         served, torn_bytes = look(victim)
         victim.restore()
         assert served == list(range(1, FRAMES - 2 + sum(at <= length for at in ends)))
@@ -339,6 +377,13 @@ def truncate_what_is_last(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(recovery, "_is_torn", is_torn)
 
 
+def no_size_check(patch: pytest.MonkeyPatch) -> None:
+    def check_size(reader: SegmentReader, head: object, tail: object) -> None:
+        pass
+
+    patch.setattr(recovery, "_check_size", check_size)
+
+
 @pytest.mark.parametrize(
     ("mistake", "checker"),
     [
@@ -347,6 +392,7 @@ def truncate_what_is_last(patch: pytest.MonkeyPatch) -> None:
         (no_chain, "stale"),
         (truncate_always, "flips"),
         (truncate_what_is_last, "last"),
+        (no_size_check, "cuts"),
     ],
 )
 def test_known_mistakes_are_caught(
@@ -359,6 +405,7 @@ def test_known_mistakes_are_caught(
     victim = make_victim(tmp_path)
     checkers: dict[str, Callable[[], object]] = {
         "flips": lambda: check_damage(victim, flip_bit, 400, caplog),
+        "cuts": lambda: check_damage(victim, cut_file, 100, caplog),
         "stale": lambda: check_stale_frame(tmp_path / "stale"),
         "last": lambda: check_every_flip_in_the_last_frame(victim, caplog),
     }

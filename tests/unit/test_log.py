@@ -35,7 +35,7 @@ from tests.frame_builders import (
     read_back,
 )
 
-HEAD_BYTES = 88
+HEAD_BYTES = 96
 
 
 @pytest.fixture
@@ -463,7 +463,7 @@ def test_the_file_system_is_named(store: Path) -> None:
 
     assert stats.filesystem_type not in ("", "memory")
     assert (stats.frames, stats.rows) == (2, 2)
-    assert stats.fdatasyncs == 2
+    assert stats.fdatasyncs == 3, "one of them for the segment"
     assert stats.bytes > 1000
 
 
@@ -492,26 +492,67 @@ def test_a_full_disk_keeps_nothing_and_is_got_over(store: Path) -> None:
 
 
 def test_a_write_that_only_half_fits_is_undone(store: Path) -> None:
-    """Without space reserved ahead, as after an undo, the write itself meets the full disk."""
+    """Where space is not really reserved ahead, the write itself meets the full disk."""
 
     class Unreserved(FaultyFiles):
-        def allocate(self, fd: int, offset: int, size: int) -> None:
-            """Reserve nothing, as some file systems do."""
+        is_full = False
+
+        def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+            if self.is_full and len(data) < 150 and any(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(fd, data[: 1 + len(data) // 2], offset)
 
     files = Unreserved(store)
     log = open_log(store, files)
     fill(log, 2)
-    files.free = 100
-    size = last_segment(store).stat().st_size
+    files.is_full = True
+    before = last_segment(store).read_bytes()
 
     with pytest.raises(StorageFullError):
         fill(log, 1)
-    assert last_segment(store).stat().st_size == size
-    assert files.free == 100
-    files.free = 10_000
+    assert last_segment(store).read_bytes() == before, "neither a byte nor the length"
+    shutil.copytree(store, copy := store.parent / "copy")
+    (copy / "LOCK").unlink()
+    assert read_back(copy) == [1, 2]
+    files.is_full = False
     fill(log, 3)
     log.close()
     assert read_back(store) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("frames", [1, 3, 60])
+def test_a_live_segment_that_was_cut_is_named(store: Path, frames: int) -> None:
+    """Zeros reserved ahead are missed as much as frames; the head of the segment tells."""
+    log = open_log(store)
+    ends = [*(place.offset for place in fill(log, frames)), log._writer.tail.offset]
+    abandon(log)
+    path = last_segment(store)
+    good = path.read_bytes()
+    assert len(good) == 1 << 16
+
+    for length in (0, HEAD_BYTES - 1, *ends, ends[-1] // 10, ends[-1] + 1, len(good) - 1):
+        path.write_bytes(good[:length])
+        with pytest.raises(CorruptionError) as caught:
+            open_log(store)
+        assert caught.value.file == str(path)
+        assert caught.value.offset == (length if length >= HEAD_BYTES else 0)
+        assert path.read_bytes() == good[:length], "nothing may be changed"
+    path.write_bytes(good)
+    assert read_back(store) == list(range(1, frames + 1))
+
+
+def test_a_segment_keeps_the_size_it_was_made_with(store: Path) -> None:
+    """Also when it is opened with another, and when a frame needs more than that."""
+    for segment_bytes in (4096, 1 << 14, 2048):
+        log = open_log(store, segment_bytes=segment_bytes)
+        fill(log, 12)
+        log.append(make_frame(log.revision + 1, value_bytes=20_000))
+        assert last_segment(store).stat().st_size > 20_000
+        fill(log, 1)
+        head = log._writer.heads[-1]
+        assert last_segment(store).stat().st_size == head.size == segment_bytes
+        (CommitLog.close if segment_bytes == 4096 else abandon)(log)
+    assert read_back(store) == list(range(1, 43))
 
 
 def test_short_writes_are_continued(store: Path) -> None:
@@ -632,7 +673,7 @@ def test_compaction_keeps_chunks_and_their_positions(store: Path) -> None:
         log.close()
         log = open_log(store, segment_bytes=8192)
     with pytest.raises(CorruptionError):
-        log.read_chunks(Position(0, 96), 0, 9)
+        log.read_chunks(Position(0, HEAD_BYTES + 8), 0, 9)
     log.close()
 
 
