@@ -170,7 +170,7 @@ def durable_agent(
         retry: How errors of the provider are tried again, and how often lost processes.
         usage_limits: Bounds of one generation.
         run_timeout_ms: Bound on one generation in this process.
-        idle_timeout_ms: Longest silence of a model in the middle of its stream.
+        idle_timeout_ms: Longest silence of a model, that before its first event included.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
             again under the same idempotency key, answer it with an error, or park the session
             until every such call is decided. Whoever decides writes the call's row: a terminal

@@ -285,6 +285,8 @@ class Transaction:
             else:
                 writes.fail(write)
         self._shown = ()
+        # Else each write of a row that is always being written would keep all before it.
+        self._earlier = ()
         if self._waiter is not None:
             for waiter in (self._waiter, *self._others):
                 if not waiter.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ async def test_a_draft_of_a_refused_change_goes_with_it_and_tells_the_row_as_it_
         assert isinstance(results[1], ConflictError)
         assert (results[1].code, results[1].current) == ("rolled_back", {"id": "a", "n": 1})
         assert rows.get("a") == await rows.find("a") == {"id": "a", "n": 1}
+
+
+async def test_a_write_that_has_ended_keeps_none_of_those_before_it(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        rows = Process(store).collection("rows")
+        made = [rows.insert({"id": "a"}), *(rows.update("a", {"n": n}) for n in range(5))]
+        assert all(later._earlier == [sooner] for sooner, later in pairwise(made))
+
+        await asyncio.gather(*map(finish, made))
+
+        assert not any(each._earlier or each._dependents for each in made)
 
 
 async def test_writers_that_build_on_each_other_get_over_a_refusal(tmp_path: Path) -> None:
