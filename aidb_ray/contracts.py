@@ -144,6 +144,8 @@ class AgentMessage(Row):
         request_id: Correlates a request between agents with its reply.
         in_reply_to: Id of the newest message that this one answers.
         not_before: The agent leaves the message alone until then.
+        path: Agents that wait for the answer to this request, the first that delegated first.
+        error_code: Why the request could not be answered, in a reply whose `content` says so.
     """
 
     id: Key = Field(default_factory=new_id)
@@ -157,6 +159,8 @@ class AgentMessage(Row):
     request_id: str | None = None
     in_reply_to: str | None = None
     not_before: Utc | None = None
+    path: list[str] = Field(default_factory=list[str])
+    error_code: str | None = None
 
 
 class ToolCall(Row):
@@ -167,9 +171,12 @@ class ToolCall(Row):
         model_call_id: The provider's id of the call, which its answer must name.
         attempt: How often the call was started; above 1 after a crash in the middle.
         error: What went wrong, set exactly when `status` is `failed`.
-        approval: Whether a person must decide first, and what was decided. `approved` and
-            `rejected` decide about a call that was interrupted under `on_in_doubt="park"`; running
-            it again sets None.
+        approval: Whether a person must decide first (`needed`), and what was decided. `approved`
+            and `rejected` also decide about a call that was interrupted under
+            `on_in_doubt="park"`; running it again sets None.
+        reason: What whoever rejected it said.
+        in_doubt: Whether a process died while it ran, so that it may have had its effect twice.
+        late_result: What came after it had ended, under `late_results="mark"`.
     """
 
     id: Key
@@ -188,6 +195,9 @@ class ToolCall(Row):
     not_before: Utc | None = None
     created_at: Utc = Field(default_factory=utc_now)
     updated_at: Utc = Field(default_factory=utc_now)
+    reason: str | None = None
+    in_doubt: bool = False
+    late_result: Any = None
 
 
 class Generation(Row):
@@ -236,12 +246,53 @@ class Chunk(Row):
 
 
 class CancelRequest(Row):
-    """Asks an agent to stop what it does in this session. A row, so it survives crashes."""
+    """Asks an agent to stop what it does in this session. A row, so it survives crashes.
+
+    Attributes:
+        message_id: Only what answers this message, None for all that was written before.
+    """
 
     id: Key = Field(default_factory=new_id)
     agent: str
     reason: str = ""
     done: bool = False
+    created_at: Utc = Field(default_factory=utc_now)
+    message_id: str | None = None
+
+
+class Question(Row):
+    """What a tool asks a person or a program while it runs; see `ToolContext.ask`.
+
+    Attributes:
+        id: `{owner}:{n}`; the n-th question of one piece of work is the same after a crash.
+        owner: Idempotency key of the call, or id of the generation, that asks.
+        answer_schema: JSON schema that the answer must fit, None for any.
+        answer: The answer; it counts once `status` is `answered`.
+    """
+
+    id: Key
+    owner: str
+    question: str
+    agent: str = ""
+    answer_schema: dict[str, Any] | None = None
+    status: Literal["open", "answered"] = "open"
+    answer: Any = None
+    created_at: Utc = Field(default_factory=utc_now)
+    answered_at: Utc | None = None
+
+
+class Step(Row):
+    """The result of a named step of some work, so that a crash does not repeat it.
+
+    Attributes:
+        id: `{owner}:{name}`.
+        owner: Idempotency key of the call, or id of the generation, that made it.
+    """
+
+    id: Key
+    owner: str
+    name: str
+    result: Any = None
     created_at: Utc = Field(default_factory=utc_now)
 
 
@@ -310,5 +361,7 @@ DEFAULT_ROW_TYPES: Mapping[str, type[Row]] = {
     "tool_calls": ToolCall,
     "generations": Generation,
     "cancel_requests": CancelRequest,
+    "questions": Question,
+    "steps": Step,
 }
 """Row types of the collections that every session has, by collection name."""

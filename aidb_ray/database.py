@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from aidb_ray.contracts import AgentMessage, CancelRequest, Generation, ToolCall, is_valid_name
+from aidb_ray.contracts import (
+    AgentMessage,
+    CancelRequest,
+    Generation,
+    Question,
+    Step,
+    ToolCall,
+    is_valid_name,
+)
 from aidb_ray.errors import (
     ConfigError,
     StorageError,
@@ -461,6 +469,16 @@ class Session:
     def cancel_requests(self) -> Collection[CancelRequest]:
         """Requests to stop what agents do here."""
         return self.collection("cancel_requests", CancelRequest)
+
+    @property
+    def questions(self) -> Collection[Question]:
+        """What running work asks people and programs."""
+        return self.collection("questions", Question)
+
+    @property
+    def steps(self) -> Collection[Step]:
+        """Results of named steps of running work."""
+        return self.collection("steps", Step)
 
     @property
     def chunks(self) -> ChunkCollection:

@@ -158,10 +158,13 @@ class FencedError(AidbError):
 
     code = "fenced"
 
-    def __init__(self, *, resource: str, our_epoch: int, current_epoch: int) -> None:
+    def __init__(
+        self, *, resource: str, our_epoch: int, current_epoch: int, code: str | None = None
+    ) -> None:
         super().__init__(
             f"Lost {resource!r}: we hold epoch {our_epoch}, the current epoch is "
-            f"{current_epoch}. Another runner took over; discard unsaved results and stop."
+            f"{current_epoch}. Another runner took over; discard unsaved results and stop.",
+            code=code,
         )
         self.resource = resource
         self.our_epoch = our_epoch

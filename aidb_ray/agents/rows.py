@@ -68,6 +68,9 @@ class ToolCallRow(msgspec.Struct, rename="camel", frozen=True):
     not_before: str | None = None
     created_at: str = ""
     updated_at: str = ""
+    reason: str | None = None
+    in_doubt: bool = False
+    late_result: Any = None
 
     @property
     def is_terminal(self) -> bool:
@@ -89,6 +92,8 @@ class MessageRow(msgspec.Struct, rename="camel", frozen=True):
     request_id: str | None = None
     in_reply_to: str | None = None
     not_before: str | None = None
+    path: list[str] = []
+    error_code: str | None = None
 
 
 decode_generation = msgspec.json.Decoder(GenerationRow).decode

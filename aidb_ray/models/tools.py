@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, cast, overload
+from typing import Any, Protocol, cast, overload
 
 import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -33,6 +33,18 @@ def _ignore_heartbeat() -> None:
     return None
 
 
+class Record(Protocol):
+    """Where a call keeps what it must not do twice: rows, so they survive its process."""
+
+    async def step(self, name: str, fn: Callable[[], Any]) -> Any:
+        """See `ToolContext.step`."""
+        ...
+
+    async def ask(self, question: str, schema: Any = None) -> Any:
+        """See `ToolContext.ask`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolContext:
     """What an implementation may know about the call it serves.
@@ -46,6 +58,8 @@ class ToolContext:
         session: The session the call belongs to, None outside of one.
         log: Logger for this call.
         on_heartbeat: What `heartbeat` does.
+        generation_id: The generation, or run of `chat`, that the call is part of.
+        record: Where steps and questions are kept, None where there is no session.
     """
 
     signal: Signal = field(default_factory=Signal)
@@ -56,10 +70,44 @@ class ToolContext:
         default_factory=lambda: logging.getLogger("aidb_ray.tool")
     )
     on_heartbeat: Callable[[], None] = _ignore_heartbeat
+    generation_id: str = ""
+    record: Record | None = None
 
     def heartbeat(self) -> None:
         """Say that the call is still at work. Returns at once; threads may call it too."""
         self.on_heartbeat()
+
+    async def step(self, name: str, fn: Callable[[], Any]) -> Any:
+        """Run `fn`, plain or async, and record its result; return that, as plain JSON.
+
+        Once the result is durable, no later attempt of this call runs `fn` again: it is given the
+        recorded result. Of a step that was running when its process died nothing is known, so it
+        runs again. A name is used once in a call.
+
+        Raises:
+            ToolError: `duplicate_step`; `not_serializable`; `not_durable`: the call has no
+                session. What `fn` raises is raised and not recorded.
+        """
+        return await self._durable().step(name, fn)
+
+    async def ask(self, question: str, schema: Any = None) -> Any:
+        """Ask a person or a program, by a row in the session's `questions`; return the answer.
+
+        Waits until someone calls `answer`, from whatever process. The n-th question of a call is
+        asked once: a later attempt finds it, and its answer. `schema` is the type of the answer.
+
+        Raises:
+            ToolError: `not_durable`: the call has no session.
+        """
+        return await self._durable().ask(question, schema)
+
+    def _durable(self) -> Record:
+        if self.record is None:
+            raise ToolError(
+                "There is no session here in which steps and questions could be kept.",
+                code="not_durable",
+            )
+        return self.record
 
 
 class Tool:

@@ -89,4 +89,6 @@ def test_the_default_rows_meet_the_contracts() -> None:
         "tool_calls",
         "generations",
         "cancel_requests",
+        "questions",
+        "steps",
     }
