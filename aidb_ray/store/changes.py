@@ -7,7 +7,7 @@ ever added at the end.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -99,7 +99,72 @@ class ClaimBuckets(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False
     high: int
 
 
-Mutation: TypeAlias = Insert | Update | Delete | Append | ClaimBuckets
+class Claim(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Take the sole right to work on a row; refused while another holder has it.
+
+    The revision of this commit is the token of the claim. It lasts until it is released, or until
+    the holder's lease ends; claiming extends that lease.
+
+    Attributes:
+        effect: Whose work it is: what one holder of an effect leaves, another one takes over.
+        holder: Who claims. All claims of a holder share one lease.
+        base: Revision that must have written the row, 0 for any.
+        note: Kept for whoever takes over.
+    """
+
+    session: str
+    collection: str
+    key: str
+    effect: str
+    holder: str
+    lease_ms: int
+    base: int = 0
+    note: str = ""
+
+
+class Renew(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """Extend the lease of a holder, and with it all its claims.
+
+    Refused if the holder is not known any more: then its claims were taken from it.
+    """
+
+    holder: str
+    lease_ms: int
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
+    """Give up a claim; refused unless `token` is the current one. Doing it twice does no harm.
+
+    Attributes:
+        state: `done`: the work is finished. `free`: it is to be claimed again when its row says
+            so. `orphan`: someone else of the same effect shall go on with it.
+    """
+
+    session: str
+    collection: str
+    key: str
+    token: int
+    state: Literal["done", "free", "orphan"] = "done"
+
+
+class Disown(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
+    """End the lease of a holder now, because its process has ended; its claims are orphans."""
+
+    holder: str
+
+
+Mutation: TypeAlias = (
+    Insert | Update | Delete | Append | ClaimBuckets | Claim | Renew | Release | Disown
+)
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A claim under which a commit is made; refused unless `token` is the current one."""
+
+    session: str
+    collection: str
+    key: str
+    token: int
 
 
 class Runner(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -114,6 +179,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     mutations: tuple[Mutation, ...]
     runner: Runner | None = None
+    held: Held | None = None
 
 
 class ChunkColumns(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -184,6 +250,28 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
             case "fenced":
                 return FencedError(
                     resource=self.key, our_epoch=self.got, current_epoch=self.expected
+                )
+            case "claimed":
+                return ConflictError(
+                    f"{row} is claimed by someone else, who holds token {self.expected}.",
+                    code="claimed",
+                    collection=self.collection,
+                    key=self.key,
+                    revision=self.expected,
+                )
+            case "stale_claim":
+                return FencedError(
+                    resource=row,
+                    our_epoch=self.got,
+                    current_epoch=self.expected,
+                    code="stale_claim",
+                )
+            case "unknown_holder":
+                return FencedError(
+                    resource=f"claims of {self.key}",
+                    our_epoch=0,
+                    current_epoch=0,
+                    code="unknown_holder",
                 )
             case "sequence_gap":
                 return ConflictError(
