@@ -103,12 +103,15 @@ class Claim(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
     """Take the sole right to work on a row; refused while another holder has it.
 
     The revision of this commit is the token of the claim. It lasts until it is released, or until
-    the holder's lease ends; claiming extends that lease.
+    the holder's lease ends; claiming extends that lease. Made again under the claim itself it
+    only changes the note.
 
     Attributes:
         effect: Whose work it is: what one holder of an effect leaves, another one takes over.
         holder: Who claims. All claims of a holder share one lease.
         base: Revision that must have written the row, 0 for any.
+        attempts: How often the row was claimed before; -1 for any. If that is wrong, so may be
+            what the sender knows of those attempts: the refusal has the record.
         note: Kept for whoever takes over.
     """
 
@@ -119,6 +122,7 @@ class Claim(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
     holder: str
     lease_ms: int
     base: int = 0
+    attempts: int = -1
     note: str = ""
 
 
@@ -258,6 +262,16 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     collection=self.collection,
                     key=self.key,
                     revision=self.expected,
+                )
+            case "claim_changed":
+                current = None if self.current is None else msgspec.json.decode(self.current)
+                return ConflictError(
+                    f"{row} was claimed before. Look at that claim, which is `current`, first.",
+                    code="claim_changed",
+                    collection=self.collection,
+                    key=self.key,
+                    current=cast("dict[str, Any] | None", current),
+                    revision=self.revision,
                 )
             case "stale_claim":
                 return FencedError(

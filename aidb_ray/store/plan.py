@@ -80,9 +80,11 @@ class _End:
 class _Claiming:
     """What one commit does to claims and leases, until it is accepted."""
 
-    __slots__ = ("disowned", "holds", "leases")
+    __slots__ = ("disowned", "holds", "leases", "token")
 
-    def __init__(self) -> None:
+    def __init__(self, token: int = 0) -> None:
+        # Of the claim under which the commit is made.
+        self.token = token
         # Of each place: who held it before, and the holder and token from now on.
         self.holds: list[tuple[Place, str | None, tuple[str, int] | None]] = []
         self.leases: dict[str, Lease] = {}
@@ -206,8 +208,8 @@ class Plan:
         ends: dict[Where, _End] = {}
         streams: dict[tuple[str, str], tuple[int, str]] = {}
         claims: list[ClaimBuckets] = []
-        claiming = _Claiming()
         runner, held = commit.runner, commit.held
+        claiming = _Claiming(0 if held is None else held.token)
         if held is not None and (refusal := self._check_held(held, ends)) is not None:
             return refusal
         for mutation in commit.mutations:
@@ -342,8 +344,11 @@ class Plan:
         place = (mutation.session, mutation.collection, mutation.key)
         end = self._claim_end(place, ends)
         record = None if end.after is None else decode_claim(end.after.value)
-        if isinstance(mutation, Claim):
-            refusal = self._plan_taking(mutation, record, revision, ends)
+        if isinstance(mutation, Claim) and record is not None and record.token == claiming.token:
+            # Its own claim, which the commit's `held` has shown to be current.
+            taken = msgspec.structs.replace(record, note=mutation.note)
+        elif isinstance(mutation, Claim):
+            refusal = self._plan_taking(mutation, end.after, record, revision, ends)
             if refusal is not None:
                 return refusal
             known = record or ClaimRecord(mutation.collection, mutation.key)
@@ -377,6 +382,7 @@ class Plan:
     def _plan_taking(
         self,
         wanted: Claim,
+        stored: StoredRow | None,
         record: ClaimRecord | None,
         revision: int,
         ends: dict[Where, _End],
@@ -391,6 +397,14 @@ class Plan:
             return Refusal("conflict", wanted.collection, wanted.key, row.value, row.revision)
         if record is not None and record.state == "held":
             return Refusal("claimed", wanted.collection, wanted.key, expected=record.token)
+        if (
+            stored is not None
+            and record is not None
+            and wanted.attempts not in (-1, record.attempt)
+        ):
+            return Refusal(
+                "claim_changed", wanted.collection, wanted.key, stored.value, stored.revision
+            )
         return None
 
     def _plan_lease(

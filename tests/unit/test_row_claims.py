@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from aidb_ray.errors import ConflictError
 from aidb_ray.store.changes import Claim, Delete, Disown, Held, Insert, Release, Renew, Update
 from aidb_ray.store.claims import CLAIMS, ClaimRecord, claim_key, decode_claim
 from tests.planner import Engine
@@ -247,3 +248,31 @@ def test_rows_of_the_store_itself_cannot_be_claimed(engine: Engine) -> None:
         refusal = engine.one(Claim(*place, "tools", "one", LEASE_MS))
         assert refusal is not None
         assert refusal.reason == "reserved_name"
+
+
+def test_whoever_does_not_know_of_earlier_attempts_is_told(engine: Engine) -> None:
+    assert engine.one(claim(attempts=0)) is None
+    engine.tick(LEASE_MS)
+
+    refusal = engine.one(claim("other", attempts=0))
+
+    assert refusal is not None
+    error = refusal.to_error()
+    assert isinstance(error, ConflictError)
+    assert error.code == "claim_changed"
+    assert error.current is not None
+    assert (error.current["state"], error.current["attempt"]) == ("orphan", 1)
+    assert engine.one(claim("other", attempts=1)) is None
+
+
+def test_a_holder_leaves_a_note_for_its_successor(engine: Engine) -> None:
+    token = take(engine)
+    assert engine.one(update(), claim(note="executing"), held=held(token)) is None
+
+    assert (record(engine).note, record(engine).token, record(engine).attempt) == (
+        "executing",
+        token,
+        1,
+    )
+    engine.tick(LEASE_MS)
+    assert record(engine).note == "executing"
