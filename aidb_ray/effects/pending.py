@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterable
+from itertools import islice
 from typing import Generic, TypeVar
 
 S = TypeVar("S", bound=Hashable)
@@ -94,15 +95,16 @@ class PendingWork(Generic[S, K]):
         for session, key, not_before_ms in entries:
             self.put(session, key, not_before_ms=not_before_ms, now_ms=now_ms)
 
-    def take(self, *, now_ms: int, only: S | None = None) -> S | None:
+    def take(self, *, now_ms: int, only: S | None = None, skip: int = 0) -> S | None:
         """Return the next session with due work and count it as at work; None if there is none.
 
-        With `only`, that session or none.
+        With `only`, that session or none. With `skip`, one that so many others are before, or the
+        last: whoever shares a queue with others does not reach for the same one as they do.
         """
         self._wake_due(now_ms)
         if len(self._running) >= self._max_running:
             return None
-        while (session := self._first(only)) is not None:
+        while (session := self._first(only, skip)) is not None:
             del self._queue[session]
             # What was due when it was queued may have been put off since.
             if self.due_keys(session, now_ms=now_ms):
@@ -143,9 +145,10 @@ class PendingWork(Generic[S, K]):
         """Return when the next session that must wait may be due, None if none waits."""
         return self._later[0][0] if self._later else None
 
-    def _first(self, only: S | None) -> S | None:
+    def _first(self, only: S | None, skip: int) -> S | None:
         if only is None:
-            return next(iter(self._queue), None)
+            skip = min(skip, len(self._queue) - 1) if skip else 0
+            return next(islice(self._queue, max(skip, 0), None), None)
         return only if only in self._queue else None
 
     def _remember(self, session: S, due_ms: int) -> None:

@@ -45,6 +45,18 @@ class Record(Protocol):
         ...
 
 
+class ThreadWatch(Protocol):
+    """Hears, in the thread itself, of a tool that runs in a thread: it cannot be stopped."""
+
+    def began(self) -> None:
+        """Hear that the thread runs."""
+        ...
+
+    def ended(self, result: Any, error: ToolError | None) -> None:
+        """Hear what it came to, wanted or not."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolContext:
     """What an implementation may know about the call it serves.
@@ -60,6 +72,7 @@ class ToolContext:
         on_heartbeat: What `heartbeat` does.
         generation_id: The generation, or run of `chat`, that the call is part of.
         record: Where steps and questions are kept, None where there is no session.
+        watch: Hears of the thread, if the tool runs in one.
     """
 
     signal: Signal = field(default_factory=Signal)
@@ -72,6 +85,7 @@ class ToolContext:
     on_heartbeat: Callable[[], None] = _ignore_heartbeat
     generation_id: str = ""
     record: Record | None = None
+    watch: ThreadWatch | None = None
 
     def heartbeat(self) -> None:
         """Say that the call is still at work. Returns at once; threads may call it too."""
@@ -237,7 +251,7 @@ class Tool:
         try:
             if self._runs_here:
                 return self._to_json_value(await run())
-            result = await asyncio.to_thread(self._run_in_thread, run)
+            result = await asyncio.to_thread(self._run_in_thread, run, context.watch)
             return self._to_json_value(await result) if inspect.isawaitable(result) else result
         except asyncio.CancelledError as error:
             context.signal.abort("cancelled")
@@ -249,7 +263,10 @@ class Tool:
         except (Exception, SystemExit) as error:
             raise self._failure(error) from error
 
-    def _run_in_thread(self, run: Callable[[], Any]) -> Any:
+    def _run_in_thread(self, run: Callable[[], Any], watch: ThreadWatch | None) -> Any:
+        if watch is not None:
+            watch.began()
+        result, failure = None, None
         try:
             result = run()
             # Encoding a large result would hold up the loop.
@@ -257,7 +274,11 @@ class Tool:
         except BaseException as error:
             # A future cannot carry StopIteration (the waiter would never wake), and passing on
             # KeyboardInterrupt would stop the loop.
-            raise self._failure(error) from error
+            failure = self._failure(error)
+            raise failure from error
+        finally:
+            if watch is not None:
+                watch.ended(result, failure)
 
     def _failure(self, error: BaseException) -> ToolError:
         if isinstance(error, ToolError):

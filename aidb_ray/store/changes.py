@@ -152,7 +152,11 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
 
 
 class Disown(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
-    """End the lease of a holder now, because its process has ended; its claims are orphans."""
+    """End the leases of holders now, because their processes have ended; claims become orphans.
+
+    Attributes:
+        holder: How the names of those holders begin.
+    """
 
     holder: str
 

@@ -412,7 +412,8 @@ class Plan:
     ) -> Refusal | None:
         holder = mutation.holder
         if isinstance(mutation, Disown):
-            self._disown(holder, ends, claiming)
+            for each in self._holders_like(holder):
+                self._disown(each, ends, claiming)
         elif self._lease_of(holder) is None and holder not in claiming.leases:
             return Refusal("unknown_holder", key=holder)
         else:
@@ -448,6 +449,10 @@ class Plan:
         if claims is None:
             claims = self._claims[holder] = dict(self._tables.leases.claims_of(holder))
         return claims
+
+    def _holders_like(self, prefix: str) -> list[str]:
+        known = {**self._tables.leases.holders, **self._leases}
+        return [name for name, lease in known.items() if lease and name.startswith(prefix)]
 
     def _lease_of(self, holder: str) -> Lease | None:
         if holder in self._leases:
