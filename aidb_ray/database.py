@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
@@ -104,6 +104,14 @@ class ProcessInfo:
     serving: bool
 
 
+class Closable(Protocol):
+    """What works on a database's rows and must end, or be left alone, before it closes."""
+
+    async def disconnect(self) -> None:
+        """End what cannot go on without the connection."""
+        ...
+
+
 _current: ContextVar[Database | None] = ContextVar("aidb_database", default=None)
 _open: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Database]] = WeakKeyDictionary()
 
@@ -159,6 +167,7 @@ class Database:
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
+        self._effects: list[Closable] = []
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
 
@@ -364,6 +373,15 @@ class Database:
         if self._agents.get(agent.name) is agent:
             del self._agents[agent.name]
 
+    def keep_effect(self, effect: Closable) -> None:
+        """Remember an effect that was created here, to end it with the connection."""
+        self._effects.append(effect)
+
+    def forget_effect(self, effect: Closable) -> None:
+        """Forget an effect that was ended."""
+        if effect in self._effects:
+            self._effects.remove(effect)
+
     async def aclose(self) -> None:
         """Wait for outstanding writes and disconnect; the last connection ends what it can.
 
@@ -392,6 +410,8 @@ class Database:
                 closing.push_async_callback(partition.aclose)
             for agent in list(self._agents.values()):
                 closing.push_async_callback(self._let_go, agent)
+            for effect in list(self._effects):
+                closing.push_async_callback(effect.disconnect)
 
     async def _let_go(self, agent: Agent) -> None:
         """End an agent that was created here, or leave it to whoever may end it later."""

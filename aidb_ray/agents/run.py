@@ -622,6 +622,8 @@ class GenerationRun:
                 idempotency_key=call.id,
                 attempt=call.attempt,
                 session=self._context_session(),
+                generation_id=call.generation_id,
+                agent=self._definition.name,
             )
             result = await tool.call(args_text(call.args), context)
         except ToolError as error:

@@ -54,6 +54,11 @@ class Standing:
         return 0 if self.record is None else self.record.attempt
 
     @property
+    def is_changed_since(self) -> bool:
+        """Whether the row was written after its newest claim had ended."""
+        return self.row_revision > self.recorded_at
+
+    @property
     def is_suspect(self) -> bool:
         """Whether it may be what ends its processes."""
         return self.record is not None and self.record.orphaned >= ALONE_AFTER
@@ -73,15 +78,18 @@ def decide_start(
     """
     if standing.is_complete or not (standing.matches or _is_as_it_was_left(standing)):
         return "leave"
+    record = standing.record
+    if record is not None and record.state == "done" and not standing.is_changed_since:
+        # It was worked on to the end, and what was written then leaves it in the query.
+        return "leave"
     if standing.approval == "rejected":
         return "reject"
-    record = standing.record
     if record is None or record.state != "orphan":
         is_open = needs_approval and standing.approval != "approved"
         return "wait" if is_open or standing.approval == "needed" else "run"
     if record.orphaned >= max_interruptions:
         return "give_up"
-    if standing.row_revision > standing.recorded_at:
+    if standing.is_changed_since:
         # Somebody wrote it since: that is their word about the attempt that was lost.
         return "run"
     match in_doubt:

@@ -44,6 +44,11 @@ class PendingWork(Generic[S, K]):
         """How many sessions are at work."""
         return len(self._running)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many sessions are at work as may be."""
+        return len(self._running) >= self._max_running
+
     def has_work(self, session: S | None = None, *, now_ms: int) -> bool:
         """Whether a session, or any at all, is at work or would be if it got its turn.
 

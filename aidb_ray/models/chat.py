@@ -248,7 +248,9 @@ class _Run:
                 wanted = self._tools.get(call.name)
                 if wanted is None:
                     raise unknown_tool(call.name, self._tools)
-                context = ToolContext(idempotency_key=f"{self._run_id}:{call.id}")
+                context = ToolContext(
+                    idempotency_key=f"{self._run_id}:{call.id}", generation_id=self._run_id
+                )
                 return encode_result(await wanted.call(call.args_json, context))
             except ToolError as error:
                 return encode_error(error)

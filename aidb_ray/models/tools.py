@@ -73,6 +73,7 @@ class ToolContext:
         generation_id: The generation, or run of `chat`, that the call is part of.
         record: Where steps and questions are kept, None where there is no session.
         watch: Hears of the thread, if the tool runs in one.
+        agent: The agent whose model asked for the call, `""` for none.
     """
 
     signal: Signal = field(default_factory=Signal)
@@ -86,6 +87,7 @@ class ToolContext:
     generation_id: str = ""
     record: Record | None = None
     watch: ThreadWatch | None = None
+    agent: str = ""
 
     def heartbeat(self) -> None:
         """Say that the call is still at work. Returns at once; threads may call it too."""

@@ -407,6 +407,23 @@ class Collection(Generic[R]):
         """Return what a query keeps of this collection."""
         return SourceRef(self.name, self.session, self.fields, self.row_type)
 
+    @property
+    def site(self) -> Site:
+        """The partition that holds the rows of its one session."""
+        return self._sites.site_of(self._one_session())
+
+    def in_session(self, session: str) -> Collection[R]:
+        """Return the collection of that name in one session."""
+        return Collection(self._sites, self.name, self.row_type, key=self.key, session=session)
+
+    def decode_row(self, value: bytes) -> R:
+        """Return a stored row as its type."""
+        return self._codec.decode(value)
+
+    def patch_of(self, key: str, changes: Mapping[str, Any]) -> Patch:
+        """Return the change of a row as an intent, for a commit that someone else makes."""
+        return Patch(self.name, key, self._codec, self._codec.prepare(self.name, changes, key))
+
     def filter(self) -> Filter:
         """Return the filter that all rows of this collection pass."""
         session = self.session
