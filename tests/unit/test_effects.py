@@ -36,8 +36,9 @@ from aidb_ray import (
     tool,
 )
 from aidb_ray.contracts import ToolCallStatus, utc_now
+from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.store.changes import Disown, Filter
-from aidb_ray.store.claims import CLAIMS, ClaimRecord, decode_claim
+from aidb_ray.store.claims import CLAIMS, ClaimRecord, Leases, decode_claim
 from aidb_ray.store.collection import Change
 
 URL = "aidb://shop/1"
@@ -74,12 +75,17 @@ async def other(db: Database) -> AsyncIterator[Database]:
 
 
 def start(
-    calls: Collection[Any], function: Callable[..., Any] | None = None, **options: Any
+    calls: Collection[Any],
+    function: Callable[..., Any] | None = None,
+    *,
+    query: Callable[[QueryRoot], Query[Any]] | None = None,
+    **options: Any,
 ) -> Effect:
+    def find_pending(q: QueryRoot) -> Query[Any]:
+        return q.from_(tc=calls).where(lambda tc: and_(eq(tc.status, "pending"), synced(tc)))
+
     given: dict[str, Any] = {
-        "query": lambda q: q.from_(tc=calls).where(
-            lambda tc: and_(eq(tc.status, "pending"), synced(tc))
-        ),
+        "query": query or find_pending,
         "tools": [work],
         "placement": "here",
     }
@@ -162,6 +168,19 @@ async def echo(text: str) -> str:
     return text
 
 
+@dataclass
+class Returning:
+    """A plain function, which runs in a thread, that returns this or raises that."""
+
+    result: Any
+    error: BaseException | None = None
+
+    def __call__(self, text: str) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
 # Running.
 
 
@@ -193,10 +212,10 @@ async def test_the_context_names_the_call(calls: Collection[ToolCall]) -> None:
 @pytest.mark.parametrize(
     ("function", "args", "code"),
     [
-        (lambda text: 1 / 0, {}, "tool_error"),
-        (lambda text: exec_exit(), {}, "tool_crashed"),
-        (lambda text: "x" * (2 << 20), {}, "result_too_large"),
-        (lambda text: object(), {}, "not_serializable"),
+        (Returning(None, ZeroDivisionError()), {}, "tool_error"),
+        (Returning(None, SystemExit(3)), {}, "tool_crashed"),
+        (Returning("x" * (2 << 20)), {}, "result_too_large"),
+        (Returning(object()), {}, "not_serializable"),
         (echo, {"text": 5}, "invalid_args"),
         (echo, "no json", "invalid_args"),
     ],
@@ -211,10 +230,6 @@ async def test_a_tool_that_fails_leaves_a_clear_row_and_a_living_executor(
         assert row.error
         await calls.insert(pending("next", args={"text": 5}))
         assert (await ended(calls, "next")).error_code == "invalid_args"
-
-
-def exec_exit() -> None:
-    raise SystemExit(3)
 
 
 async def test_rows_of_other_tools_are_left_to_others(calls: Collection[ToolCall]) -> None:
@@ -311,7 +326,6 @@ async def test_rows_and_statuses_may_be_the_users(db: Database) -> None:
         audit.insert({"id": job.id, "saw": job.status})
 
     await jobs.insert({"id": "a", "name": "work", "args": {"text": "x"}})
-    query = lambda q: q.from_(j=jobs).where(lambda j: eq(j.status, "new"))  # noqa: E731
     revisions: dict[str, int] = {}
 
     def note(changes: list[Change[Any]]) -> None:
@@ -319,7 +333,13 @@ async def test_rows_and_statuses_may_be_the_users(db: Database) -> None:
 
     jobs.subscribe(note)
     audit.subscribe(note)
-    async with start(jobs, echo, query=query, on_executing=begin, on_complete=end):
+    async with start(
+        jobs,
+        echo,
+        query=lambda q: q.from_(j=jobs).where(lambda j: eq(j.status, "new")),
+        on_executing=begin,
+        on_complete=end,
+    ):
         job = await until(jobs, "a", lambda job: job.status == "ready")
         await until(audit, "a", lambda row: row is not None)
 
@@ -362,16 +382,20 @@ async def test_a_row_that_goes_on_matching_is_not_run_again(
         runs += 1
 
     await calls.insert(pending("a"))
-    options: dict[str, Any] = {
-        "query": lambda q: q.from_(tc=calls),
-        "on_executing": lambda row: None,
-        "on_complete": lambda row, result: None,
-    }
-    async with start(calls, count, **options) as effect:
+
+    def say_nothing(*_: Any) -> None:
+        return None
+
+    options: dict[str, Any] = {"on_executing": say_nothing, "on_complete": say_nothing}
+
+    def find_all(q: QueryRoot) -> Query[Any]:
+        return q.from_(tc=calls)
+
+    async with start(calls, count, query=find_all, **options) as effect:
         await settled(effect, lambda status: status.finished == 1)
         await calls.update("a", {"args": {"text": "again"}})
         await settled(effect, lambda status: status.finished == 2)
-    async with start(calls, count, **options) as effect:
+    async with start(calls, count, query=find_all, **options) as effect:
         await calls.insert(pending("b"))
         await settled(effect, lambda status: status.finished == 1)
     assert runs == 3
@@ -382,7 +406,7 @@ async def test_a_query_may_join(db: Database, calls: Collection[ToolCall]) -> No
     await users.insert([{"id": "ann", "vip": True}, {"id": "bob", "vip": False}])
     await calls.insert([pending("for-ann", agent="ann"), pending("for-bob", agent="bob")])
 
-    def query(q: Any) -> Any:
+    def query(q: QueryRoot) -> Query[Any]:
         joined = q.from_(tc=calls).inner_join(u=users, on=lambda tc, u: eq(tc.agent, u.id))
         return joined.where(lambda tc, u: and_(eq(tc.status, "pending"), eq(u.vip, True)))
 
@@ -466,7 +490,8 @@ async def test_a_lease_is_renewed_while_work_lasts(
     db: Database, calls: Collection[ToolCall]
 ) -> None:
     door = Door()
-    leases = db._refs[0]._host.actor._tables.leases  # pyright: ignore[reportAttributeAccessIssue]
+    store: Any = db._refs[0]
+    leases: Leases = store._host.actor._tables.leases
     async with start(calls, door, lease_ms=400) as effect:
         await calls.insert(pending("a"))
         await door.began.wait()
@@ -505,11 +530,11 @@ async def leave_in_the_middle(calls: Collection[ToolCall], *keys: str) -> None:
 
 async def test_in_doubt_may_fail(calls: Collection[ToolCall]) -> None:
     await leave_in_the_middle(calls, "a")
-    runs: list[str] = []
-    async with start(calls, lambda text: runs.append(text), on_in_doubt="fail"):
+    door = Door()
+    async with start(calls, door, on_in_doubt="fail"):
         row = await ended(calls, "a")
 
-    assert (row.status, row.error_code, runs) == ("failed", "in_doubt", [])
+    assert (row.status, row.error_code, door.runs) == ("failed", "in_doubt", [])
 
 
 async def test_in_doubt_may_wait_for_a_person(calls: Collection[ToolCall]) -> None:
