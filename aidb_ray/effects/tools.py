@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from aidb_ray.effects.definition import (
 )
 from aidb_ray.effects.effect import Effect, start_effect
 from aidb_ray.effects.waiters import waiters_of
+from aidb_ray.effects.work import error_of
 from aidb_ray.errors import ConfigError, ConflictError, KeyExistsError, ToolError
 from aidb_ray.expressions import in_array
 from aidb_ray.models.tools import Tool, ToolContext, check_tools
@@ -119,7 +121,12 @@ class DurableTool(Tool):
                 f"{self.name!r} was not run to its end within {limit} ms.", code="timeout"
             ) from None
         ended = codec(value)
-        return self._get_result(ended) if self._get_result is not None else result_of(ended)
+        if self._get_result is None:
+            return result_of(ended)
+        try:
+            return self._get_result(ended)
+        except Exception as error:  # A door: what the user's function raises is the call's error.
+            raise error_of(error) from error
 
     def _home(self, context: ToolContext) -> tuple[Collection[Any], Site]:
         """Return the collection in the session that the call is of, and its partition."""
@@ -136,12 +143,10 @@ class DurableTool(Tool):
             return
         words = f"It was not run to its end within {self.timeout_ms} ms."
         changes = {"status": "failed", "error": words, "error_code": "timeout"}
-        try:
+        with suppress(ConflictError):
             await rows.update(
                 key, changes, when=lambda call: in_array(call.status, ["pending", "executing"])
             )
-        except ConflictError:
-            return
 
 
 class AsyncTool(DurableTool):
@@ -186,12 +191,9 @@ class AsyncTool(DurableTool):
         rows, site = self._home(context)
         row = self._row(requested, context)
         key = str(_field(row, rows.key))
-        try:
-            transaction = rows.insert(row)
-            await transaction
-        except KeyExistsError:
-            # A crash came between the row and the answer.
-            pass
+        # It is there already if a crash came between the row and the answer.
+        with suppress(KeyExistsError):
+            await rows.insert(row)
         found = await site.client.find(rows.session or "", rows.name, key)
         written = row if found is None else rows.decode_row(found.value)
         if self._get_immediate_result is not None:
