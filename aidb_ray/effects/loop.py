@@ -243,6 +243,8 @@ class EffectLoop:
                 self._records[place] = (record, event.row.revision)
                 self._queue.put(place, place)
                 self._queue.wake(place, now_ms=now_ms())
+                # What was begun is ended first.
+                self._queue.hurry(place)
         self._dispatch()
 
     def _hear_ends(self, changes: Sequence[Change]) -> None:

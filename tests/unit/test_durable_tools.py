@@ -76,6 +76,10 @@ def executor(rows: Collection[Any], *tools: Tool, function: Any = find, **option
     )
 
 
+def say_nothing(row: Any) -> None:
+    return None
+
+
 def context(key: str = "k", **fields: Any) -> ToolContext:
     return ToolContext(idempotency_key=key, generation_id="g", **fields)
 
@@ -176,7 +180,7 @@ async def test_rows_may_be_of_ones_own_shape(db: Database) -> None:
         is_complete=lambda job: job.status == "over",
         get_result=get_result,
     )
-    async with executor(jobs, search, on_executing=lambda job: None, on_complete=end):
+    async with executor(jobs, search, on_executing=say_nothing, on_complete=end):
         assert await durable.call({"query": "yes"}, context("1")) == "YES"
         with pytest.raises(ToolError, match="It said no"):
             await durable.call({"query": "no"}, context("2"))
