@@ -246,12 +246,16 @@ def judge(
     """Compare what the rows say with what the ledger says."""
     report = Report(calls=len(rows), completed=sum(r.status == "completed" for r in rows))
     lines = list(ledger.lines())
-    ended = {(line.key, line.attempt) for line in lines if line.what == "end"}
+    ended = {(line.key, line.attempt): line.at for line in lines if line.what == "end"}
     starts = [line for line in lines if line.what == "start"]
+    accepted = {(f"aidb://chaos/1/tool_calls/{row.id}", row.attempt) for row in rows}
+    # In flight: its process was killed before its end was written, which the tool may have reached.
     cut = {
         (line.key, line.attempt): killed[line.pid]
         for line in starts
-        if line.pid in killed and (line.key, line.attempt) not in ended
+        if line.pid in killed
+        and (line.key, line.attempt) not in accepted
+        and killed[line.pid] - ended.get((line.key, line.attempt), killed[line.pid]) < 1
     }
     hit = {line.pid for line in starts if (line.key, line.attempt) in cut}
     report.kills, report.held = len(hit), len(cut)

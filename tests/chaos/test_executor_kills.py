@@ -41,7 +41,8 @@ async def test_killed_executors_lose_nothing_and_end_nothing_twice(tmp_path: Pat
 
 
 def call(name: str = "send", status: str = "completed", **fields: object) -> ToolCall:
-    given = {"id": "call-0", "generation_id": "g", "name": name, "status": status, **fields}
+    given = {"id": "call-0", "generation_id": "g", "name": name, "status": status, "attempt": 2}
+    given |= fields
     return ToolCall.model_validate(given)
 
 
