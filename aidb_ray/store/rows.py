@@ -17,7 +17,7 @@ import msgspec
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH
+from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH, TERMINAL_STATUSES
 from aidb_ray.errors import ConfigError, ContractError
 from aidb_ray.expressions import Fields, Migrate
 from aidb_ray.store.changes import MAX_ROW_BYTES
@@ -66,6 +66,7 @@ class RowCodec(Generic[T]):
         self.migrate = migrate
         self._type: RowType | None = None
         self._is_default = row_type in DEFAULT_ROW_TYPES.values()
+        self._terminal = TERMINAL_STATUSES.get(cast("Any", row_type), ())
         if row_type is not None:
             try:
                 adapter: TypeAdapter[T] = TypeAdapter(row_type)
@@ -238,10 +239,11 @@ class RowCodec(Generic[T]):
         """Return stored JSON with prepared changes made; a row of an older version is migrated.
 
         Raises:
-            ContractError: the result does not fit the row type, or the key would change. See
-                `current`.
+            ContractError: the result does not fit the row type, the key would change, or a
+                terminal status would (`illegal_transition`). See `current`.
         """
-        fields = {**_decode_dict(self.current(stored, collection, key)), **changes}
+        before = _decode_dict(self.current(stored, collection, key))
+        fields = {**before, **changes}
         if fields.get(self._wire_key) != key:
             raise ContractError(
                 f"The key of {collection}[{key!r}] cannot change; insert a new row instead.",
@@ -258,8 +260,20 @@ class RowCodec(Generic[T]):
                 model = self._validate_json(msgspec.json.encode(fields), strict=self._type.strict)
             except ValidationError as error:
                 raise self._contract_error(error, collection, key) from None
+            if before.get("status") in self._terminal:
+                self._check_status_stays(collection, key, before["status"], _get(model, "status"))
             value = self._serialize(model)
         return self._checked(collection, key, stamp(value, self.version))
+
+    def _check_status_stays(self, collection: str, key: str, before: str, after: str) -> None:
+        if after != before:
+            raise ContractError(
+                f"{collection}[{key!r}] is {before} for good and cannot become {after}.",
+                code="illegal_transition",
+                collection=collection,
+                key=key,
+                loc=("status",),
+            )
 
     def is_current(self, stored: bytes) -> bool:
         """Whether a stored row is at once seen to be what `current` would return of it."""
