@@ -145,6 +145,14 @@ class OpenAIText:
             asked.append(self._prefill)
         return msgspec.json.encode(asked, order="sorted", enc_hook=repr).decode()
 
+    def check(self) -> None:
+        """Raise if this process has no key for the server; nothing is sent.
+
+        Raises:
+            ConfigError: `missing_api_key`.
+        """
+        self._key()
+
     async def aclose(self) -> None:
         """Close the connections of this event loop; a later request opens new ones."""
         client = self._clients.pop(asyncio.get_running_loop(), None)
