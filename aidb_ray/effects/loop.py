@@ -24,7 +24,7 @@ from aidb_ray.effects.definition import EffectDefinition, Happened
 from aidb_ray.effects.outcomes import Standing, Start, decide_start
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.effects.statuses import StatusWrites
-from aidb_ray.effects.work import ClaimedRow, RowWork, error_of, fields_of, fitting_args
+from aidb_ray.effects.work import ClaimedRow, RowWork, error_of, fitting_args, rows_of
 from aidb_ray.errors import (
     AidbError,
     ConflictError,
@@ -33,7 +33,7 @@ from aidb_ray.errors import (
     ToolError,
 )
 from aidb_ray.query.live import decoder_of, filter_of, to_changes
-from aidb_ray.query.operators import Delta, Pipeline, RowChange
+from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
 from aidb_ray.store.changes import (
     Change,
     Claim,
@@ -151,7 +151,7 @@ class EffectLoop:
                 await partition.client.commit([Disown(self._heir_of)])
         for wanted in self._pipeline.inputs:
             for partition in database.sites_of(wanted.source.session or ""):
-                hear = partial(self._hear, wanted.name)
+                hear = partial(self._hear, wanted)
                 view = self._follow(partition, filter_of(wanted), hear)
                 if wanted.name == self._alias:
                     self._rows[partition] = view
@@ -179,11 +179,11 @@ class EffectLoop:
         self._views.append(view)
         return view
 
-    def _hear(self, name: str, events: Sequence[RowEvent]) -> None:
+    def _hear(self, wanted: Input, events: Sequence[RowEvent]) -> None:
         if not self._arrived:
             # What a commit changed in several collections is taken in together.
             asyncio.get_running_loop().call_soon(self._take_in)
-        self._arrived += to_changes([name], events)
+        self._arrived += to_changes([wanted.name], wanted.source, events)
 
     def _take_in(self) -> None:
         arrived, self._arrived = self._arrived, []
@@ -214,7 +214,7 @@ class EffectLoop:
             if row.revision <= written:
                 return
             del self._written[place]
-        fields = fields_of(row.value)
+        fields = self._fields(place, row)
         owns = self._definition.owns
         if owns is not None and not owns(fields):
             return
@@ -251,7 +251,9 @@ class EffectLoop:
         for change in changes:
             work = self._works.get((change.session, change.key))
             if work is not None and change.value is not None:
-                status = fields_of(change.value).get("status")
+                status = rows_of(self._database, self._definition, change.session).fields_in(
+                    change.value, change.key
+                )["status"]
                 if status == "cancelled" and change.revision > work.revision:
                     work.stop("ended", "cancelled")
 
@@ -314,7 +316,7 @@ class EffectLoop:
                 return
             row = StoredRow(found.revision, found.value)
         standing = self._standing(place, row)
-        start = self._decide(standing, row)
+        start = self._decide(place, standing, row)
         match start:
             case "leave":
                 self._forget(place)
@@ -329,7 +331,7 @@ class EffectLoop:
 
     def _standing(self, place: Place, row: StoredRow) -> Standing:
         record, recorded_at = self._records.get(place, (None, 0))
-        fields = fields_of(row.value)
+        fields = self._fields(place, row)
         is_complete = self._definition.is_complete
         return Standing(
             record=record,
@@ -341,20 +343,23 @@ class EffectLoop:
             is_complete=None if is_complete is None else is_complete(self._decode(place, row)),
         )
 
-    def _decide(self, standing: Standing, row: StoredRow) -> Start:
+    def _decide(self, place: Place, standing: Standing, row: StoredRow) -> Start:
         definition = self._definition
         doubt, needs = definition.on_in_doubt, definition.needs_approval
         return decide_start(
             standing,
             in_doubt="reconcile" if callable(doubt) else doubt,
-            needs_approval=needs is not None and needs(fields_of(row.value)),
+            needs_approval=needs is not None and needs(self._fields(place, row)),
             max_interruptions=definition.retry.max_interruptions,
         )
 
     def _decode(self, place: Place, row: StoredRow) -> Any:
-        source = self._definition.source
-        rows = self._database.collection(source.name, source.row_type, session=place[0] or None)
-        return rows.decode_row(row.value)
+        rows = rows_of(self._database, self._definition, place[0])
+        return rows.decode_row(row.value, place[1])
+
+    def _fields(self, place: Place, row: StoredRow) -> dict[str, Any]:
+        rows = rows_of(self._database, self._definition, place[0])
+        return rows.fields_in(row.value, place[1])
 
     def _be_alone(self, place: Place) -> bool:
         """Whether nothing else runs here; else what runs ends first, and nothing new begins."""
@@ -413,12 +418,11 @@ class EffectLoop:
         value, note = row.value, str(standing.status)
         attempt = standing.attempts + 1
         if definition.on_executing is None:
-            source = definition.source
-            rows = self._database.collection(name, source.row_type, session=session or None)
+            rows = rows_of(self._database, definition, session)
             writes = StatusWrites(rows, definition.statuses)
             changes = writes.executing(attempt, is_in_doubt=standing.is_orphan)
             patch = rows.patch_of(key, changes)
-            value = patch.codec.patch(name, row.value, patch.fields or {}, key)
+            value = rows.patched(row.value, patch)
             note = definition.statuses[0]
             mutations.append(Update(session, name, key, value, row.revision))
         claim = Claim(

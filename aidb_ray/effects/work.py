@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from aidb_ray.store.client import StoreClient
 
 logger = logging.getLogger(__name__)
-
-_decode_fields = msgspec.json.Decoder(dict[str, Any]).decode
 
 Stop = Literal["", "closed", "ended", "fenced"]
 """Why a work is stopped: its executor closes, its row was ended elsewhere, its claim is lost."""
@@ -106,10 +103,7 @@ class RowWork:
         self._matches = matches
         self._heartbeat = heartbeat
         self._client: StoreClient = database.site_of(claimed.session).client
-        source = definition.source
-        self._collection: Collection[Any] = database.collection(
-            source.name, source.row_type, session=claimed.session or None
-        )
+        self._collection = rows_of(database, definition, claimed.session)
         self._writes = StatusWrites(self._collection, definition.statuses)
         self._task: asyncio.Task[None] | None = None
         self._stop: Stop = ""
@@ -126,11 +120,11 @@ class RowWork:
     @property
     def row(self) -> Any:
         """The row, as its type."""
-        return self._collection.decode_row(self._claimed.row.value)
+        return self._collection.decode_row(self._claimed.row.value, self._claimed.key)
 
     def field(self, name: str) -> object:
         """Return a field of the row by wire name."""
-        return fields_of(self._claimed.row.value).get(name)
+        return self._fields_in(self._claimed.row.value).get(name)
 
     async def run(self) -> bool:
         """Work on the row; True if its end was written, False if it is no longer ours to write.
@@ -201,7 +195,7 @@ class RowWork:
             session=Session(self._database, claimed.session) if claimed.session else None,
             log=logging.LoggerAdapter(logging.getLogger("aidb_ray.tool"), where),
             on_heartbeat=self._heartbeat,
-            generation_id=str(fields_of(claimed.row.value).get("generationId") or ""),
+            generation_id=str(self.field("generationId") or ""),
             record=WorkRecord(
                 self._client,
                 claimed.session,
@@ -347,9 +341,9 @@ class RowWork:
             raise FencedError(resource=claimed.key, our_epoch=claimed.token, current_epoch=0)
         self._claimed = replace(claimed, row=StoredRow(found.revision, found.value))
         is_complete = self._definition.is_complete
-        row = None if is_complete is None else self._collection.decode_row(found.value)
+        row = None if is_complete is None else self._collection.decode_row(found.value, found.key)
         return not is_ended(
-            status=fields_of(found.value).get("status"),
+            status=self._fields_in(found.value).get("status"),
             note=claimed.note,
             matches=self._matches(),
             is_complete=None if is_complete is None else is_complete(row),
@@ -376,7 +370,7 @@ class RowWork:
         follow_up = self._definition.follow_up
         if follow_up is None:
             return [patch]
-        after = {**fields_of(self._claimed.row.value), **(patch.fields or {})}
+        after = {**self._fields_in(self._claimed.row.value), **(patch.fields or {})}
         return [patch, *follow_up(self._claimed.session, after)]
 
     async def _make(self, intents: Sequence[Intent]) -> list[Mutation]:
@@ -391,13 +385,16 @@ class RowWork:
         """Return the mutation that leaves the row's status for whoever takes over."""
         claimed, definition = self._claimed, self._definition
         place = (claimed.session, claimed.collection, claimed.key)
-        status = str(fields_of(value).get("status"))
+        status = str(self._fields_in(value).get("status"))
         return Claim(*place, definition.name, "", definition.lease_ms, note=status)
+
+    def _fields_in(self, value: bytes) -> dict[str, Any]:
+        return self._collection.fields_in(value, self._claimed.key)
 
     def _know(self, made: Sequence[Mutation], revision: int) -> None:
         value = self._value_in(made)
         if value is not self._claimed.row.value:
-            note = str(fields_of(value).get("status"))
+            note = str(self._fields_in(value).get("status"))
             self._claimed = replace(self._claimed, row=StoredRow(revision, value), note=note)
 
     def _value_in(self, made: Sequence[Mutation]) -> bytes:
@@ -450,9 +447,17 @@ def idempotency_key(session: str, collection: str, key: str) -> str:
     return f"{session}/{collection}/{key}"
 
 
-def fields_of(value: bytes) -> dict[str, Any]:
-    """Return a stored row's fields by wire name."""
-    return _decode_fields(value)
+def rows_of(database: Database, definition: EffectDefinition, session: str) -> Collection[Any]:
+    """Return the collection of an effect's rows in one session."""
+    source = definition.source
+    return database.collection(
+        source.name,
+        source.row_type,
+        key=source.key,
+        session=session or None,
+        version=source.version,
+        migrate=source.migrate,
+    )
 
 
 def error_of(error: BaseException, *, code: str = "tool_error") -> ToolError:

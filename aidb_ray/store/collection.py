@@ -462,11 +462,27 @@ class Collection(Generic[R]):
 
     def in_session(self, session: str) -> Collection[R]:
         """Return the collection of that name in one session."""
-        return Collection(self._sites, self.name, self.row_type, key=self.key, session=session)
+        return Collection(
+            self._sites,
+            self.name,
+            self.row_type,
+            key=self.key,
+            session=session,
+            version=self._codec.version,
+            migrate=self._codec.migrate,
+        )
 
-    def decode_row(self, value: bytes) -> R:
+    def decode_row(self, value: bytes, key: str = "") -> R:
         """Return a stored row as its type."""
-        return self._codec.decode(value)
+        return self._codec.decode(value, self.name, key)
+
+    def fields_in(self, value: bytes, key: str = "") -> dict[str, Any]:
+        """Return a stored row's fields by wire name, as rows of this version have them."""
+        return msgspec.json.decode(self._codec.current(value, self.name, key))
+
+    def patched(self, value: bytes, patch: Patch) -> bytes:
+        """Return a stored row with a patch made."""
+        return self._codec.patch(self.name, value, patch.fields or {}, patch.key)
 
     def patch_of(self, key: str, changes: Mapping[str, Any]) -> Patch:
         """Return the change of a row as an intent, for a commit that someone else makes."""
