@@ -96,22 +96,28 @@ class ToolContext:
 
         Once the result is durable, no later attempt of this call runs `fn` again: it is given the
         recorded result. Of a step that was running when its process died nothing is known, so it
-        runs again. A name is used once in a call.
+        runs again. A name is used once in a call; a step that raised may be tried again under its
+        name. If the caller is cancelled while the result is being written, it may be recorded.
 
         Raises:
-            ToolError: `duplicate_step`; `not_serializable`; `not_durable`: the call has no
-                session. What `fn` raises is raised and not recorded.
+            ToolError: `duplicate_step`; `invalid_step`, before `fn` runs: the name is empty or too
+                long, or `fn` is no function; `not_serializable` or `result_too_large`, after it
+                ran; `not_durable`: the call has no session. What `fn` raises is raised and not
+                recorded.
         """
         return await self._durable().step(name, fn)
 
     async def ask(self, question: str, schema: Any = None) -> Any:
         """Ask a person or a program, by a row in the session's `questions`; return the answer.
 
-        Waits until someone calls `answer`, from whatever process. The n-th question of a call is
-        asked once: a later attempt finds it, and its answer. `schema` is the type of the answer.
+        Waits until someone calls `answer`, from whatever process; the row stays if the caller is
+        cancelled. The n-th question of a call is asked once: a later attempt finds it, and its
+        answer. `schema` is the type of the answer.
 
         Raises:
-            ToolError: `not_durable`: the call has no session.
+            ToolError: `invalid_answer`: it does not fit `schema`; `question_withdrawn`: its row
+                was deleted; `question_differs`: an earlier attempt asked something else in its
+                place; `not_durable`: the call has no session.
         """
         return await self._durable().ask(question, schema)
 
