@@ -20,6 +20,7 @@ BuildMessages: TypeAlias = Callable[[list[Any], Any], Any]
 Generate: TypeAlias = Callable[[Any], Any]
 OnResponse: TypeAlias = Callable[[Any, list[Any]], Any]
 InDoubt: TypeAlias = Literal["retry", "fail", "park"]
+OnCrash: TypeAlias = Literal["retry", "continue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class AgentDefinition:
     run_timeout_ms: int | None = None
     idle_timeout_ms: int = 60_000
     on_in_doubt: InDoubt = "retry"
-    on_crash: Literal["retry"] = "retry"
+    on_crash: OnCrash = "retry"
     version: str | None = None
     shards: int = 1
     max_running: int = 256
@@ -147,7 +148,7 @@ def durable_agent(
     run_timeout_ms: int | None = None,
     idle_timeout_ms: int = 60_000,
     on_in_doubt: InDoubt = "retry",
-    on_crash: Literal["retry"] = "retry",
+    on_crash: OnCrash = "retry",
     version: str | None = None,
     shards: int = 1,
     max_running: int = 256,
@@ -176,7 +177,14 @@ def durable_agent(
             until every such call is decided. Whoever decides writes the call's row: a terminal
             `status` with `result` or `error`, or `approval`: `approved` has it run again once,
             `rejected` answers it with an error.
-        on_crash: A model round that was interrupted starts again, as a new attempt.
+        on_crash: What becomes of a model round whose process died in the middle. Both ways it is
+            a new attempt. `"retry"` asks again from the start of the round. `"continue"` gives the
+            model what it had said, as far as that is stored, as a last assistant message, and the
+            round's text is that and what comes; reasoning and calls that it had begun are dropped.
+            The provider must take a last assistant message for the beginning of its own answer
+            (prefill) and send only the rest, by itself, as llama.cpp's server does, or when asked
+            to, see `prefill` of `openai_text`. One that answers anew, as OpenAI's own models do,
+            would say things twice. Where nothing is stored, as `"retry"`.
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.
         max_running: Sessions at work at once, per shard; the others wait as queue entries.
@@ -281,5 +289,16 @@ def _check(definition: AgentDefinition) -> None:
     if definition.on_in_doubt not in ("retry", "fail", "park"):
         raise ConfigError(
             f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",
+            code="invalid_option",
+        )
+    if definition.on_crash not in ("retry", "continue"):
+        raise ConfigError(
+            f"on_crash is 'retry' or 'continue', not {definition.on_crash!r}.",
+            code="invalid_option",
+        )
+    if definition.on_crash == "continue" and definition.generate is not None:
+        raise ConfigError(
+            "on_crash='continue' is for agents that ask their adapter; what `generate` of your own "
+            "has done is kept with ctx.step().",
             code="invalid_option",
         )

@@ -17,10 +17,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
-from ag_ui.core import StepFinishedEvent, StepStartedEvent
 from pydantic import BaseModel
 
 from aidb_ray.agents import cycle as machine
+from aidb_ray.agents.continuation import put_taken_over, read_newest_round
 from aidb_ray.agents.cycle import Cycle, End, Limits, RoundFailed, RoundFinished
 from aidb_ray.agents.definition import AgentDefinition
 from aidb_ray.agents.recorder import Recorder, SilenceLimit
@@ -39,8 +39,6 @@ from aidb_ray.chunks import (
     ChunkCollection,
     ChunkFlusher,
     Ending,
-    follow_slices,
-    slice_to_chunks,
 )
 from aidb_ray.contracts import AgentMessage, ToolCallStatus, time_text
 from aidb_ray.errors import (
@@ -58,8 +56,6 @@ from aidb_ray.errors import (
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import parse_output, unknown_tool
-from aidb_ray.models.events import EventDecoder
-from aidb_ray.models.round import Round
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Tool, ToolContext
 from aidb_ray.store.changes import CHUNKS, Append, Insert, Mutation, Runner, StoredRow, Update
@@ -70,7 +66,7 @@ from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import MAX_REMAKES, Intent, make_mutations
 
 if TYPE_CHECKING:
-    from ag_ui.core import BaseEvent, Event
+    from ag_ui.core import Event
 
     from aidb_ray.database import Database, Session
     from aidb_ray.store.changes import ChunkColumns
@@ -177,6 +173,8 @@ class GenerationRun:
         # The task that runs it, while it may be stopped there.
         self._stoppable: asyncio.Task[Any] | None = None
         self._unwritten: RoundFinished | None = None
+        # What the model had said of the unfinished round before a crash; it goes on from there.
+        self._taken_over = ""
         self._is_cancelled = False
         self.signal = Signal()
         limits = self._definition
@@ -269,14 +267,14 @@ class GenerationRun:
             page = await self._shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
             if isinstance(command, machine.AskModel) and self._definition.generate is None:
-                self._unwritten = await self._find_unwritten(found)
+                await self._take_up_round(found)
             generation = self._next_attempt(found)
             mutation = self._update("generations", generation)
         self._keep(generation)
         self._buffer = ChunkBuffer(
             self._session, generation.id, next_index=next_index, attempt=self._cycle.attempt
         )
-        self._buffer.begin_attempt()
+        self._begin_attempt()
         shard = self._shard
         self._recorder = Recorder(self._buffer, shard.flusher, shard.silence)
         is_suspicious = found is not None or self._assignment.is_leftover
@@ -328,31 +326,23 @@ class GenerationRun:
             updated_at=now_text(),
         )
 
-    async def _find_unwritten(self, generation: GenerationRow) -> RoundFinished | None:
-        """Return the round that the model had finished when the process died, if there is one.
+    async def _take_up_round(self, generation: GenerationRow) -> None:
+        """See what the newest round had come to when the process died, if its rows do not say.
 
         A round is finished when its last chunk is durable, and what it came to is in its chunks.
         Its rows come in the commit after, or in the same one; if they are missing, the model need
         not be asked again.
         """
-        decode = EventDecoder().decode
-        heard = Round()
-        last: BaseEvent | None = None
         stored = ChunkCollection(self._shard.database, self._session)
-        async for part in follow_slices(stored, generation.id, follow=False):
-            for chunk in slice_to_chunks(part):
-                last = decode(chunk.type, chunk.content)
-                if isinstance(last, StepStartedEvent):
-                    heard = Round()
-                heard.add(last)
-        if not isinstance(last, StepFinishedEvent) or not heard.is_finished:
-            return None
+        heard = await read_newest_round(stored, generation.id)
+        if not heard.is_finished:
+            self._taken_over = heard.text if self._definition.on_crash == "continue" else ""
+            return
         newest = len(generation.rounds) - 1
         calls = self._state.calls_of(generation.id)
         written = [call.model_call_id for call in calls if call.round == newest]
-        if heard.tool_calls and [request.id for request in heard.tool_calls] == written:
-            return None
-        return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+        if not heard.tool_calls or [request.id for request in heard.tool_calls] != written:
+            self._unwritten = RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
 
     async def _follow(self, command: machine.Command) -> End:
         while not self.signal.is_aborted:
@@ -386,7 +376,7 @@ class GenerationRun:
             # What is still held belongs to the attempt that failed.
             self._shard.flusher.flush(buffer)
             buffer.attempt = self._cycle.attempt
-            buffer.begin_attempt()
+            self._begin_attempt()
         try:
             if self._definition.generate is not None:
                 return await self._generate()
@@ -418,10 +408,17 @@ class GenerationRun:
             logger.exception("a model round failed", extra={"session": self._session})
             return RoundFailed(_words(error), "agent_error", is_retryable=False)
 
+    def _begin_attempt(self) -> None:
+        self._buffer.begin_attempt()
+        if self._taken_over:
+            put_taken_over(self._buffer, self._taken_over)
+
     async def _stream_round(self) -> machine.Event:
         definition = self._definition
         assert definition.adapter is not None
         messages = await self._messages()
+        if self._taken_over:
+            messages.append(ModelMessage("assistant", self._taken_over))
         events = stream_round(
             definition.adapter,
             messages,
@@ -432,9 +429,11 @@ class GenerationRun:
         heard = await self._recorder.record(events)
         if not heard.is_finished:
             raise ModelError("The model's stream broke off.", retryable=True, code="truncated")
+        text = self._taken_over + heard.text
         if definition.output_schema is not None and not heard.tool_calls:
-            parse_output(heard.text, definition.output_schema)
-        return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+            parse_output(text, definition.output_schema)
+        self._taken_over = ""
+        return RoundFinished(text, tuple(heard.tool_calls), heard.usage)
 
     def _fits(self, event: RoundFinished) -> bool:
         schema = self._definition.output_schema

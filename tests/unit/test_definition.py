@@ -71,6 +71,7 @@ class Args(BaseModel):
         ({"max_running": 0}, "invalid_bound"),
         ({"max_iterations": 0}, "invalid_bound"),
         ({"on_in_doubt": "guess"}, "invalid_option"),
+        ({"on_crash": "hope"}, "invalid_option"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -> None:
@@ -89,6 +90,22 @@ def test_own_rows_need_a_function_that_answers_them() -> None:
     with pytest.raises(ConfigError) as raised:
         raw_definition(name="planner", pending_work=lambda: None, generate=None)
     assert raised.value.code == "generate_required"
+
+
+def test_what_a_function_of_the_user_has_said_cannot_be_continued() -> None:
+    rows: Collection[Any] = Collection(cast("Any", None), "rows", None)
+
+    def pending(q: QueryRoot) -> Any:
+        return q.from_(r=rows)
+
+    with pytest.raises(ConfigError) as raised:
+        raw_definition(
+            name="planner",
+            pending_work=pending,
+            generate=lambda _context: "",
+            on_crash="continue",
+        )
+    assert raised.value.code == "invalid_option"
 
 
 def test_own_rows_are_those_of_one_collection() -> None:
