@@ -33,6 +33,7 @@ from aidb_ray.errors import (
     StoreMismatchError,
     UnavailableError,
 )
+from aidb_ray.expressions import Migrate
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
 from aidb_ray.store.changes import bucket_of
@@ -246,11 +247,25 @@ class Database:
 
     @overload
     def collection(
-        self, name: str, schema: None = None, *, key: str = ..., session: str | None = ...
+        self,
+        name: str,
+        schema: None = None,
+        *,
+        key: str = ...,
+        session: str | None = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
     def collection(
-        self, name: str, schema: type[R], *, key: str = ..., session: str | None = ...
+        self,
+        name: str,
+        schema: type[R],
+        *,
+        key: str = ...,
+        session: str | None = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[R]: ...
     def collection(
         self,
@@ -259,11 +274,34 @@ class Database:
         *,
         key: str = "id",
         session: str | None = None,
+        version: int = 1,
+        migrate: Migrate | None = None,
     ) -> Collection[Any]:
         """Return a collection; it exists once it has a row.
 
         Without a session it lives in the first partition. A session ending in `*` reads across
         sessions.
+
+        Args:
+            name: The collection's, 1 to 512 of the characters that need no escape in a URL.
+            schema: pydantic model, dataclass or TypedDict that rows are held to; None for dicts.
+            key: Name of the field that identifies a row.
+            session: Whose rows these are.
+            version: Of the schema, from 1. It is stored with each row that is written; rows of a
+                later version cannot be read here (`newer_schema`).
+            migrate: `migrate(fields, version)` makes of a row that an earlier version wrote one of
+                this version. It gets what is stored, under the names it is stored under (those of
+                JSON: aliases, where the type has them, for the type itself may be gone) with
+                values as in JSON, and returns a row as `insert` takes it, under the same key.
+                It runs whenever such a row is read, in whichever process reads it, so it is a
+                plain function that gives the same for the same row; what is stored changes when
+                the row is next updated. Queries see migrated rows, and so the store cannot look
+                for fields: it sends every row of the collection. Without `migrate`, rows of all
+                versions are taken to look alike.
+
+        Raises:
+            ConfigError: `invalid_name`, `invalid_schema`, `invalid_key_field`, `invalid_version`,
+                `invalid_migrate`.
         """
         if not is_valid_name(name):
             raise ConfigError(
@@ -273,7 +311,9 @@ class Database:
             )
         if session is not None:
             _check_session(session)
-        return Collection(self, name, schema, key=key, session=session)
+        return Collection(
+            self, name, schema, key=key, session=session, version=version, migrate=migrate
+        )
 
     @overload
     async def query(self, fn: Callable[[QueryRoot], SingleQuery[R]]) -> R | None: ...
@@ -509,15 +549,37 @@ class Session:
 
     @overload
     def collection(
-        self, name: str, schema: None = None, *, key: str = ...
+        self,
+        name: str,
+        schema: None = None,
+        *,
+        key: str = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
-    def collection(self, name: str, schema: type[R], *, key: str = ...) -> Collection[R]: ...
     def collection(
-        self, name: str, schema: type[Any] | None = None, *, key: str = "id"
+        self,
+        name: str,
+        schema: type[R],
+        *,
+        key: str = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
+    ) -> Collection[R]: ...
+    def collection(
+        self,
+        name: str,
+        schema: type[Any] | None = None,
+        *,
+        key: str = "id",
+        version: int = 1,
+        migrate: Migrate | None = None,
     ) -> Collection[Any]:
-        """Return a collection of this session."""
-        return self.database.collection(name, schema, key=key, session=self.url)
+        """Return a collection of this session. See `Database.collection`."""
+        return self.database.collection(
+            name, schema, key=key, session=self.url, version=version, migrate=migrate
+        )
 
 
 class _Connecting:

@@ -20,6 +20,7 @@ from aidb_ray.errors import (
     KeyMissingError,
     UnavailableError,
 )
+from aidb_ray.store.versions import unstamp
 
 BUCKETS = 4096
 MAX_BATCH_COMMITS = 4_096
@@ -241,7 +242,8 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     key=self.key,
                 )
             case "conflict":
-                current = None if self.current is None else msgspec.json.decode(self.current)
+                found = None if self.current is None else unstamp(self.current)[1]
+                current = None if found is None else msgspec.json.decode(found)
                 return ConflictError(
                     f"{row} was changed by revision {self.revision} meanwhile. "
                     f"Look at `current` and decide again.",

@@ -20,6 +20,7 @@ from aidb_ray.store.changes import Delete, Insert, Mutation, StoredRow, Update
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.local import LocalWrites, Write
 from aidb_ray.store.rows import RowCodec
+from aidb_ray.store.versions import unstamp
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ class Transaction:
             code="rolled_back",
             collection=intent.collection,
             key=intent.key,
-            current=None if row is None else msgspec.json.decode(row.value),
+            current=None if row is None else msgspec.json.decode(unstamp(row.value)[1]),
             revision=0 if row is None else row.revision,
         )
 
@@ -351,11 +352,12 @@ def _make(session: str, intent: Patch, row: StoredRow) -> Update | Delete:
     expected = intent.expected_revision
     if expected and row.revision != expected:
         raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}", "conflict")
-    if intent.when is not None and not intent.when(msgspec.json.decode(row.value)):
+    codec, place = intent.codec, (intent.collection, intent.key)
+    if intent.when is not None and not intent.when(codec.stored_fields(row.value, *place)):
         raise _conflict(intent, row, "does not meet the condition", "condition_failed")
     if intent.fields is None:
         return Delete(session, intent.collection, intent.key, row.revision)
-    value = intent.codec.patch(intent.collection, row.value, intent.fields, intent.key)
+    value = codec.patch(intent.collection, row.value, intent.fields, intent.key)
     return Update(session, intent.collection, intent.key, value, row.revision)
 
 
@@ -393,6 +395,11 @@ def _conflict(intent: Patch, row: StoredRow, words: str, code: str) -> ConflictE
         code=code,
         collection=intent.collection,
         key=intent.key,
-        current=msgspec.json.decode(row.value),
+        current=_shown(intent.codec, row, intent),
         revision=row.revision,
     )
+
+
+def _shown(codec: RowCodec[Any], row: StoredRow, intent: Patch) -> dict[str, Any]:
+    current = codec.try_current(row.value, intent.collection, intent.key)
+    return msgspec.json.decode(unstamp(row.value)[1] if current is None else current)
