@@ -365,3 +365,9 @@ DEFAULT_ROW_TYPES: Mapping[str, type[Row]] = {
     "steps": Step,
 }
 """Row types of the collections that every session has, by collection name."""
+
+TERMINAL_STATUSES: Mapping[type[Row], tuple[str, ...]] = {
+    ToolCall: tuple(each.value for each in ToolCallStatus if each.is_terminal),
+    Generation: tuple(each.value for each in GenerationStatus if each.is_terminal),
+}
+"""Statuses that a row, once it has one, keeps, by row type."""

@@ -35,7 +35,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH
+from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH, TERMINAL_STATUSES
 from aidb_ray.errors import ConfigError, ContractError
 from aidb_ray.expressions import Field, Fields
 from aidb_ray.store.changes import MAX_ROW_BYTES
@@ -74,6 +74,7 @@ class RowCodec(Generic[T]):
         self._untyped: tuple[str, ...] = ()
         self._has_numbers = False
         self._is_default = row_type in DEFAULT_ROW_TYPES.values()
+        self._terminal = TERMINAL_STATUSES.get(cast("Any", row_type), ())
         if row_type is not None:
             try:
                 adapter: TypeAdapter[T] = TypeAdapter(row_type)
@@ -179,9 +180,11 @@ class RowCodec(Generic[T]):
         """Return stored JSON with prepared changes made.
 
         Raises:
-            ContractError: the result does not fit the row type, or the key would change.
+            ContractError: the result does not fit the row type, the key would change, or a
+                terminal status would (`illegal_transition`).
         """
-        fields = {**_decode_dict(stored), **changes}
+        before = _decode_dict(stored)
+        fields = {**before, **changes}
         if fields.get(self._wire_key) != key:
             raise ContractError(
                 f"The key of {collection}[{key!r}] cannot change; insert a new row instead.",
@@ -197,7 +200,19 @@ class RowCodec(Generic[T]):
             model = self._validate_json(msgspec.json.encode(fields))
         except ValidationError as error:
             raise self._contract_error(error, collection, key) from None
+        if before.get("status") in self._terminal:
+            self._check_status_stays(collection, key, before["status"], _get(model, "status"))
         return self._checked(collection, key, self._serialize(model, by_alias=True))
+
+    def _check_status_stays(self, collection: str, key: str, before: str, after: str) -> None:
+        if after != before:
+            raise ContractError(
+                f"{collection}[{key!r}] is {before} for good and cannot become {after}.",
+                code="illegal_transition",
+                collection=collection,
+                key=key,
+                loc=("status",),
+            )
 
     def decode(self, stored: bytes) -> T:
         """Return the row as its type.
