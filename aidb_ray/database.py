@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -500,23 +501,47 @@ class Session:
         return self.database.collection(name, schema, key=key, session=self.url)
 
 
-class _Connecting:
-    """What `connect` returns: await it, or enter it."""
+class _Connecting(Coroutine[Any, Any, "Database"]):
+    """What `connect` returns: await it, or enter it. A task may be made of it, too."""
 
-    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Database]]) -> None:
+    def __init__(self, opening: Coroutine[Any, Any, Database]) -> None:
+        # Made already, so that it warns as coroutines do if nobody ever awaits it.
         self._opening = opening
         self._database: Database | None = None
 
     def __await__(self) -> Generator[Any, None, Database]:
-        return self._opening().__await__()
+        return self._opening.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """See `Coroutine`."""
+        return self._opening.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """See `Coroutine`."""
+        return self._opening.throw(*error)
+
+    def close(self) -> None:
+        """See `Coroutine`."""
+        self._opening.close()
 
     async def __aenter__(self) -> Database:
-        self._database = await self._opening()
+        self._database = await self._opening
         return self._database
 
     async def __aexit__(self, *_: object) -> None:
         assert self._database is not None
         await self._database.aclose()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what is missing, where a `Database` is taken for granted."""
+            raise AttributeError(
+                f"connect(...) has no {name!r} before it is awaited: write `db = await "
+                f"connect(...)` or `async with connect(...) as db`.",
+                name=name,
+                obj=self,
+            )
 
 
 def connect(
@@ -561,7 +586,9 @@ def connect(
     plan = _Plan(
         address, Path(data_dir), database, partitions, durability, dict(store_options or {})
     )
-    return _Connecting(lambda: _connect(plan))
+    opening = _connect(plan)
+    opening.__qualname__ = "connect(...)"  # Of which the warning speaks.
+    return _Connecting(opening)
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,27 +602,39 @@ class _Plan:
     durability: Literal["local", "memory"]
     options: dict[str, Any]
 
+    @property
+    def home(self) -> Path:
+        """The database's own directory."""
+        return self.data_dir.absolute() / self.database
+
 
 async def _connect(plan: _Plan) -> Database:
-    cluster = None if plan.address == "local" else await connect_cluster(plan.address)
+    if plan.address == "local":
+        with _opening_here(plan):
+            return _keep_open(await _open_here(plan))
+    cluster = await connect_cluster(plan.address)
     try:
         database = await _open_database(plan, cluster)
     except BaseException:
-        if cluster is not None:
-            await cluster.close()
+        await cluster.close()
         raise
+    return _keep_open(database)
+
+
+def _keep_open(database: Database) -> Database:
     _open.setdefault(asyncio.get_running_loop(), []).append(database)
     return database
 
 
-async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
-    home = plan.data_dir.absolute() / plan.database
-    if cluster is None:
-        _check_not_open_here(plan, home)
-        refs = await _start_stores(plan, home, None, is_private=True)
-        return Database(
-            plan.database, refs, data_dir=str(home), cluster=None, durability=plan.durability
-        )
+async def _open_here(plan: _Plan) -> Database:
+    refs = await _start_stores(plan, plan.home, None, is_private=True)
+    return Database(
+        plan.database, refs, data_dir=str(plan.home), cluster=None, durability=plan.durability
+    )
+
+
+async def _open_database(plan: _Plan, cluster: Cluster) -> Database:
+    home = plan.home
     holders = holders_of(plan.database) if cluster.owned else None
     async with nullcontext() if holders is None else holders.turn():
         refs = await _find_running(plan, home)
@@ -615,20 +654,40 @@ async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
     )
 
 
-def _check_not_open_here(plan: _Plan, home: Path) -> None:
-    """Raise if this process has the directory open: it would wait for its own lock."""
+_opening_guard = threading.Lock()
+_opening: set[Path] = set()
+"""Directories that `"local"` connections of this process are about to open."""
+
+
+@contextmanager
+def _opening_here(plan: _Plan) -> Generator[None]:
+    """Be the only one of this process to open a directory; else it would wait for its own lock."""
     if plan.durability != "local":
+        yield
         return
-    for stack in list(_open.values()):
-        for other in stack:
-            is_on_disk = other.is_local and other.durability == "local"
-            if is_on_disk and Path(other.data_dir).resolve() == home.resolve():
-                raise StoreLockedError(
-                    f"{str(home)!r} is open in this process already. Use that connection, or close "
-                    f"it first.",
-                    pid=os.getpid(),
-                    host=socket.gethostname(),
-                )
+    home = plan.home.resolve()
+    with _opening_guard:
+        if home in _opening or _is_open_here(home):
+            raise StoreLockedError(
+                f"{str(plan.home)!r} is open in this process already. Use that connection, or "
+                f"close it first.",
+                pid=os.getpid(),
+                host=socket.gethostname(),
+            )
+        _opening.add(home)
+    try:
+        yield
+    finally:
+        with _opening_guard:
+            _opening.discard(home)
+
+
+def _is_open_here(home: Path) -> bool:
+    return any(
+        other.is_local and other.durability == "local" and Path(other.data_dir).resolve() == home
+        for stack in list(_open.values())
+        for other in stack
+    )
 
 
 def _check_shared_directory(plan: _Plan) -> None:

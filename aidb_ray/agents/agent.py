@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, overload
 
@@ -13,7 +13,7 @@ from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
 from aidb_ray.agents.replies import Replies, ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor, ShardStatus
-from aidb_ray.contracts import CancelRequest, new_id
+from aidb_ray.contracts import AgentMessage, CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
 from aidb_ray.errors import (
     AidbError,
@@ -217,8 +217,13 @@ class Agent:
 
         With a `message_id` that exists, nothing is written and the handle waits for, or finds,
         the answer to that message; so a script may be run again. Without a `session` it goes to
-        the agent's one, see `collections`.
+        the agent's one, see `collections`. Further `fields` are those of `AgentMessage`.
+
+        Raises:
+            TypeError: it has no such field; nothing was written.
         """
+        if not fields.keys() <= AgentMessage.model_fields.keys():
+            raise _unknown_keywords(fields)
         url = self._url_of(session)
         replies = self._listen_in(url)
         row = {
@@ -561,6 +566,13 @@ def _local_shards(database: Database) -> dict[str, list[ActorRef[AgentActor]]]:
     """Return the shards that run in this process, which no name service knows."""
     shards: dict[str, list[ActorRef[AgentActor]]] = database.local_shards
     return shards
+
+
+def _unknown_keywords(given: Mapping[str, Any]) -> TypeError:
+    unknown = ", ".join(repr(name) for name in given if name not in AgentMessage.model_fields)
+    own = ("session", "actor_id", "message_id")
+    allowed = ", ".join(dict.fromkeys((*own, *AgentMessage.model_fields)))
+    return TypeError(f"send() does not take {unknown}; besides the text it takes {allowed}.")
 
 
 def _retrieve(starting: asyncio.Task[None]) -> None:

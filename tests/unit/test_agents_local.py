@@ -207,6 +207,22 @@ async def test_a_message_sent_twice_under_one_id_is_answered_once(db: Database) 
     assert len(model.asked) == 1
 
 
+async def test_a_keyword_that_no_message_has_is_named_and_nothing_is_written(db: Database) -> None:
+    agent = await start(Model())
+    revision = (await db.status())[0].revision
+
+    with pytest.raises(
+        TypeError, match=r"'sesion'; .* takes session, actor_id, message_id"
+    ) as told:
+        agent.send("hello", sesion=URL)
+    with pytest.raises(TypeError, match="'requestId'"):
+        agent.in_session(URL).send("hello", requestId="r")
+
+    assert "'actor_id'" not in str(told.value)
+    assert (await db.status())[0].revision == revision
+    assert (await ask(agent, "hello", request_id="r")).content == "You said hello."
+
+
 async def test_a_message_waits_until_it_is_due(db: Database) -> None:
     model = Model()
     agent = await start(model)
