@@ -176,6 +176,8 @@ class Agent:
         """Wait until every shard is at work.
 
         Raises:
+            ConfigError: what the adapter needs is missing where the agent runs, such as its key
+                (`missing_api_key`). Messages wait.
             AidbError: it could not start; every awaited method raises the same.
         """
         here = self._here()
@@ -356,10 +358,7 @@ class Agent:
     async def aclose(self) -> None:
         """End the agent: what runs stops where it is, and a later runner goes on with it."""
         await self.detach()
-        await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
-        shards = _local_shards(self.database)
-        if shards.get(self.name) == self._refs:
-            del shards[self.name]
+        await self._stop_shards()
         self.database.forget_agent(self)
 
     async def detach(self) -> None:
@@ -370,6 +369,12 @@ class Agent:
         for replies in here.replies.values():
             replies.close()
         here.replies.clear()
+
+    async def _stop_shards(self) -> None:
+        await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
+        shards = _local_shards(self.database)
+        if shards.get(self.name) == self._refs:
+            del shards[self.name]
 
     # Starting.
 
@@ -403,9 +408,14 @@ class Agent:
         ]
         if self.database.is_local:
             _local_shards(self.database)[self.name] = self._refs
-        await asyncio.gather(
-            *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
-        )
+        try:
+            await asyncio.gather(
+                *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
+            )
+        except ConfigError:
+            # Shards that cannot work would be found, and attached to, by whoever tries again.
+            await self._stop_shards()
+            raise
 
     async def _adopt(self, running: list[ActorRef[AgentActor]]) -> None:
         """Take these shards for the agent's, and learn from them which sessions it follows."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from aidb_ray.contracts import AgentMessage, is_valid_name
 from aidb_ray.errors import ConfigError
-from aidb_ray.models.base import TextAdapter, adapter_fingerprint
+from aidb_ray.models.base import TextAdapter, adapter_fingerprint, check_adapter
 from aidb_ray.models.tools import Tool, check_tools
 from aidb_ray.query.builder import Query, build, only_source
 
@@ -248,6 +248,8 @@ def _check(definition: AgentDefinition) -> None:
     name = definition.name
     if not is_valid_name(name) or "/" in name or "*" in name:
         raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
+    if definition.adapter is not None or definition.generate is None:
+        check_adapter(definition.adapter)
     check_tools(definition.tools)
     for tool in definition.tools:
         if not tool.has_implementation:

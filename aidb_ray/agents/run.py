@@ -44,6 +44,7 @@ from aidb_ray.chunks import (
 )
 from aidb_ray.contracts import AgentMessage, ToolCallStatus, time_text
 from aidb_ray.errors import (
+    AidbError,
     ConflictError,
     ContractError,
     FencedError,
@@ -247,7 +248,7 @@ class GenerationRun:
         except ContractError as error:
             return End("failed", error=str(error), code=error.code), []
         except _ResponseFailed as failed:
-            return End("failed", error=str(failed), code="agent_error"), []
+            return End("failed", error=str(failed), code=failed.code), []
         else:
             if not self.signal.is_aborted:
                 return end, intents
@@ -416,7 +417,7 @@ class GenerationRun:
             # A mistake in the user's functions or in the adapter: asking again would only repeat
             # it, and whoever waits for the reply should hear of it.
             logger.exception("a model round failed", extra={"session": self._session})
-            return RoundFailed(_words(error), "agent_error", is_retryable=False)
+            return RoundFailed(_words(error), _code_of(error), is_retryable=False)
 
     async def _stream_round(self) -> machine.Event:
         definition = self._definition
@@ -736,7 +737,7 @@ class GenerationRun:
             if _is_of_store(error):
                 raise
             logger.exception("on_response failed", extra={"session": self._session})
-            raise _ResponseFailed(_words(error)) from error
+            raise _ResponseFailed(_words(error), _code_of(error)) from error
         finally:
             current_group.reset(token)
         return group.intents
@@ -873,6 +874,15 @@ def _rejected() -> ToolError:
 
 class _ResponseFailed(Exception):  # noqa: N818  Says how the generation ends.
     """`on_response` raised."""
+
+    def __init__(self, words: str, code: str) -> None:
+        super().__init__(words)
+        self.code = code
+
+
+def _code_of(error: Exception) -> str:
+    """Return the code for what the user's functions or the adapter raised."""
+    return error.code if isinstance(error, AidbError) else "agent_error"
 
 
 def _is_of_store(error: Exception) -> bool:

@@ -27,6 +27,7 @@ from aidb_ray.contracts import CancelRequest, ToolCallStatus
 from aidb_ray.database import Database, Partition, set_current_database
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.errors import AidbError, FencedError, UnavailableError
+from aidb_ray.models.base import check_here
 from aidb_ray.query.live import decoder_of, filter_of, to_changes
 from aidb_ray.query.operators import Pipeline
 from aidb_ray.store.changes import (
@@ -110,6 +111,7 @@ class AgentActor:
         """Claim the buckets, read what is pending, and begin.
 
         Raises:
+            ConfigError: the adapter misses something in this process; nothing was claimed.
             AidbError: the store cannot be reached or refused.
         """
         if self._starting is None:
@@ -126,6 +128,8 @@ class AgentActor:
 
     async def _start(self) -> None:
         definition = self._definition
+        if definition.adapter is not None:
+            check_here(definition.adapter)
         works = self._works
         try:
             for partition in self._database.sites_of(definition.stream_url):

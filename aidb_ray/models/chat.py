@@ -25,6 +25,7 @@ from aidb_ray.models.base import (
     TextAdapter,
     ToolCallRequest,
     Usage,
+    check_adapter,
     parse_messages,
     stream_round,
 )
@@ -113,11 +114,13 @@ def chat(
     cancels the tools; tools in threads are told by their context's signal.
 
     Raises:
-        ConfigError: two tools share a name, or one cannot run here because it has no
-            implementation or needs an approval, which only an agent can wait for.
+        ConfigError: the adapter or a tool is none; two tools share a name, or one cannot run
+            here because it has no implementation or needs an approval, which only an agent can
+            wait for.
         ValueError: a message is malformed.
         ModelError: the provider failed; or `max_iterations`, `invalid_output`.
     """
+    check_adapter(adapter)
     by_name = check_tools(tools)
     for each in tools:
         _check_runs_here(each)

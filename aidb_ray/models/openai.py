@@ -141,6 +141,14 @@ class OpenAIText:
         asked = [self._model, self._api, self._base_url, self._options]
         return msgspec.json.encode(asked, order="sorted", enc_hook=repr).decode()
 
+    def check(self) -> None:
+        """Raise if this process has no key for the server; nothing is sent.
+
+        Raises:
+            ConfigError: `missing_api_key`.
+        """
+        self._key()
+
     async def aclose(self) -> None:
         """Close the connections of this event loop; a later request opens new ones."""
         client = self._clients.pop(asyncio.get_running_loop(), None)

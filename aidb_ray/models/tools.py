@@ -451,10 +451,16 @@ def check_tools(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Return the tools by name.
 
     Raises:
-        ConfigError: `duplicate_tool`: two share a name, so a call could mean either.
+        ConfigError: `duplicate_tool`: two share a name, so a call could mean either;
+            `not_a_tool`: one is something else, such as a function without `@tool`.
     """
     by_name: dict[str, Tool] = {}
     for each in tools:
+        if not isinstance(cast("object", each), Tool):
+            raise ConfigError(
+                f"{each!r} is not a tool: decorate the function with @tool.",
+                code="not_a_tool",
+            )
         if each.name in by_name:
             raise ConfigError(f"Two tools are named {each.name!r}.", code="duplicate_tool")
         by_name[each.name] = each

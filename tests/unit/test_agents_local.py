@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -386,6 +387,7 @@ async def test_an_error_that_passes_is_tried_again_as_a_new_attempt(db: Database
         (ModelError("Busy.", retryable=True, code="busy", retry_after_ms=5), 3, "busy"),
         (ModelError("Bad key.", retryable=False, code="bad_key"), 1, "bad_key"),
         (RuntimeError("mistake"), 1, "agent_error"),
+        (ConfigError("mistake", code="missing_api_key"), 1, "missing_api_key"),
         (TimeoutError("mine"), 3, "timeout"),
     ],
 )
@@ -1599,10 +1601,16 @@ async def test_generate_may_return_text_a_model_or_a_stream(
     assert heard == [response]
 
 
-async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Database) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("mistake"), "agent_error"), (ConfigError("mistake", code="mine"), "mine")],
+)
+async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(
+    db: Database, error: Exception, code: str
+) -> None:
     def respond(_: str, pending: list[Task]) -> None:
         tasks_of(db).update(pending[0].id, {"done": True})
-        raise RuntimeError("mistake")
+        raise error
 
     agent = await start_raw(db, lambda _: "done", on_response=respond)
     await tasks_of(db).insert({"id": "a"})
@@ -1612,7 +1620,7 @@ async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Da
     assert not row.done
     generations = db.collection("generations", Generation)
     [generation] = await db.query(lambda q: q.from_(g=generations))
-    assert (generation.status, generation.error_code) == ("failed", "agent_error")
+    assert (generation.status, generation.error_code) == ("failed", code)
     assert "mistake" in str(generation.error)
 
 
@@ -1846,6 +1854,34 @@ async def test_a_definition_is_checked_before_anything_starts(db: Database) -> N
         create_agent(name="planner", **raw)
     assert raised.value.code == "generate_required"
     assert not db.local_shards
+
+
+async def test_messages_wait_while_the_agent_s_process_misses_a_key(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyed(ScriptedModel):
+        def check(self) -> None:
+            if "ITS_KEY" not in os.environ:
+                raise ConfigError("There is no key.", code="missing_api_key")
+
+    def begin() -> Agent:
+        return create_agent(durable_agent(name="echo", adapter=Keyed(echo)))
+
+    monkeypatch.delenv("ITS_KEY", raising=False)
+    agent = begin()
+    handle = agent.send("hello", session=URL, message_id="m")
+    for waiting in (agent.ready(), handle.reply(), agent.status(), agent.drain_until_idle()):
+        with pytest.raises(ConfigError) as raised:
+            await waiting
+        assert raised.value.code == "missing_api_key"
+
+    assert not db.local_shards
+    assert not await generations(db)
+    [message] = await rows_of(db, "messages")
+    assert not message.processed
+    monkeypatch.setenv("ITS_KEY", "k")
+    reply = await begin().reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "You said hello."
 
 
 async def test_a_round_that_waited_for_something_cancelled_fails_once(db: Database) -> None:

@@ -61,6 +61,11 @@ class Args(BaseModel):
             "missing_implementation",
         ),
         ({"tools": [make_tool(needs_approval=True)]}, "approval_unsupported"),
+        ({"tools": [print]}, "not_a_tool"),
+        ({"adapter": None}, "invalid_adapter"),
+        ({"adapter": "gpt-4o"}, "invalid_adapter"),
+        ({"adapter": object()}, "invalid_adapter"),
+        ({"adapter": ScriptedModel}, "invalid_adapter"),
         ({"stream_url": ""}, "invalid_name"),
         ({"stream_url": "support/42"}, "invalid_name"),
         ({"stream_url": "https://host/v1"}, "invalid_name"),
@@ -89,6 +94,23 @@ def test_own_rows_need_a_function_that_answers_them() -> None:
     with pytest.raises(ConfigError) as raised:
         raw_definition(name="planner", pending_work=lambda: None, generate=None)
     assert raised.value.code == "generate_required"
+
+
+def test_own_rows_need_no_adapter_but_not_a_wrong_one() -> None:
+    rows: Collection[Any] = Collection(cast("Any", None), "rows", None)
+
+    def pending(q: QueryRoot) -> Any:
+        return q.from_(r=rows)
+
+    def define_raw(**options: Any) -> AgentDefinition:
+        return raw_definition(
+            name="planner", pending_work=pending, generate=lambda _context: "", **options
+        )
+
+    assert define_raw().adapter is None
+    with pytest.raises(ConfigError) as raised:
+        define_raw(adapter="gpt-4o")
+    assert raised.value.code == "invalid_adapter"
 
 
 def test_own_rows_are_those_of_one_collection() -> None:

@@ -411,10 +411,14 @@ async def test_the_key_comes_from_the_environment_of_the_process_that_asks(
         monkeypatch.delenv(name, raising=False)
 
     await hear(adapter(server, api_key=None))
+    adapter(server, api_key=None).check()
     with pytest.raises(ConfigError, match="MY_KEY") as caught:
         await hear(adapter(server, api_key=EnvKey("MY_KEY")))
+    with pytest.raises(ConfigError, match="MY_KEY"):
+        adapter(server, api_key=EnvKey("MY_KEY")).check()
     monkeypatch.setenv("MY_KEY", "mine")
     monkeypatch.setenv("OPENAI_API_KEY", "default")
+    adapter(server, api_key=EnvKey("MY_KEY")).check()
     await hear(adapter(server, api_key=EnvKey("MY_KEY")))
     await hear(adapter(server, api_key=None))
 
