@@ -43,6 +43,10 @@ class Retry:
     longest_pause_ms: int = 30_000
     max_interruptions: int = 10
 
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_attempts", "max_interruptions", least=1)
+        _check_bounds(self, "first_pause_ms", "longest_pause_ms", least=0)
+
     def pause_ms(self, failures: int, *, asked_ms: int | None, jitter: float) -> int:
         """Return the pause after so many failures; `jitter` is between 0 and 1."""
         pause = min(self.first_pause_ms << min(failures - 1, 16), self.longest_pause_ms)
@@ -56,6 +60,9 @@ class UsageLimits:
     max_total_tokens: int | None = None
     max_tool_calls: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_total_tokens", "max_tool_calls", least=0, may_be_none=True)
+
 
 @dataclass(frozen=True, slots=True)
 class History:
@@ -67,6 +74,23 @@ class History:
     """
 
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_tokens", least=0, may_be_none=True)
+
+
+def _check_bounds(of: object, *names: str, least: int, may_be_none: bool = False) -> None:
+    """Raise if one of these fields is not a whole number of `least` or more."""
+    for name in names:
+        value = getattr(of, name)
+        if value is None and may_be_none:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            none = " or None" if may_be_none else ""
+            raise ConfigError(
+                f"{name} is a whole number, {least} or more{none}, not {value!r}.",
+                code="invalid_bound",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +112,7 @@ class AgentDefinition:
     retry: Retry = Retry()
     usage_limits: UsageLimits = UsageLimits()
     run_timeout_ms: int | None = None
-    idle_timeout_ms: int = 60_000
+    idle_timeout_ms: int | None = 60_000
     on_in_doubt: InDoubt = "retry"
     on_crash: Literal["retry"] = "retry"
     version: str | None = None
@@ -145,7 +169,7 @@ def durable_agent(
     retry: Retry | None = None,
     usage_limits: UsageLimits | None = None,
     run_timeout_ms: int | None = None,
-    idle_timeout_ms: int = 60_000,
+    idle_timeout_ms: int | None = 60_000,
     on_in_doubt: InDoubt = "retry",
     on_crash: Literal["retry"] = "retry",
     version: str | None = None,
@@ -170,7 +194,9 @@ def durable_agent(
         retry: How errors of the provider are tried again, and how often lost processes.
         usage_limits: Bounds of one generation.
         run_timeout_ms: Bound on one generation in this process.
-        idle_timeout_ms: Longest silence of a model, that before its first event included.
+        idle_timeout_ms: Longest silence of a model, that before its first event included; None
+            is without bound. A stream that does not end when it is cancelled for it is cancelled
+            again for 5 s, then left behind.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
             again under the same idempotency key, answer it with an error, or park the session
             until every such call is decided. Whoever decides writes the call's row: a terminal
@@ -278,8 +304,8 @@ def _check(definition: AgentDefinition) -> None:
             "pattern of sessions or leave shards=1.",
             code="invalid_shards",
         )
-    if definition.max_running < 1 or definition.max_iterations < 1:
-        raise ConfigError("max_running and max_iterations are 1 or more.", code="invalid_bound")
+    _check_bounds(definition, "max_running", "max_iterations", least=1)
+    _check_bounds(definition, "run_timeout_ms", "idle_timeout_ms", least=1, may_be_none=True)
     if definition.on_in_doubt not in ("retry", "fail", "park"):
         raise ConfigError(
             f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
 
 from aidb_ray.agents.agent import create_agent
-from aidb_ray.agents.definition import AgentDefinition, durable_agent, raw_definition
+from aidb_ray.agents.definition import (
+    AgentDefinition,
+    History,
+    Retry,
+    UsageLimits,
+    durable_agent,
+    raw_definition,
+)
 from aidb_ray.errors import ConfigError, QueryError
 from aidb_ray.expressions import eq
 from aidb_ray.models.tools import Tool, declare_tool, tool
@@ -75,6 +83,12 @@ class Args(BaseModel):
         ({"shards": 2, "stream_url": "aidb://echo/1"}, "invalid_shards"),
         ({"max_running": 0}, "invalid_bound"),
         ({"max_iterations": 0}, "invalid_bound"),
+        ({"idle_timeout_ms": 0}, "invalid_bound"),
+        ({"idle_timeout_ms": -1}, "invalid_bound"),
+        ({"idle_timeout_ms": "60"}, "invalid_bound"),
+        ({"run_timeout_ms": 0}, "invalid_bound"),
+        ({"run_timeout_ms": -1}, "invalid_bound"),
+        ({"run_timeout_ms": True}, "invalid_bound"),
         ({"on_in_doubt": "guess"}, "invalid_option"),
     ],
 )
@@ -82,6 +96,40 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -
     with pytest.raises(ConfigError) as raised:
         define(**options)
     assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (Retry, "max_attempts"),
+        (Retry, "first_pause_ms"),
+        (Retry, "longest_pause_ms"),
+        (Retry, "max_interruptions"),
+        (UsageLimits, "max_total_tokens"),
+        (UsageLimits, "max_tool_calls"),
+        (History, "max_tokens"),
+    ],
+)
+def test_a_bound_is_a_whole_number_and_not_negative(make: Callable[..., Any], field: str) -> None:
+    for wrong in (-1, 1.5, "1", True):
+        with pytest.raises(ConfigError, match=f"{field} is a whole number") as raised:
+            make(**{field: wrong})
+        assert raised.value.code == "invalid_bound"
+    make(**{field: 1})
+
+
+def test_what_must_happen_once_has_a_bound_of_one() -> None:
+    for field in ("max_attempts", "max_interruptions"):
+        with pytest.raises(ConfigError, match="1 or more"):
+            Retry(**{field: 0})
+    Retry(first_pause_ms=0, longest_pause_ms=0)
+
+
+def test_none_is_without_bound() -> None:
+    UsageLimits(max_total_tokens=None, max_tool_calls=None)
+    History(max_tokens=None)
+    unbound = define(idle_timeout_ms=None, run_timeout_ms=None)
+    assert unbound.idle_timeout_ms is unbound.run_timeout_ms is None
 
 
 def test_sessions_default_to_those_named_after_the_agent() -> None:
