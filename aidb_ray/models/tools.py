@@ -236,6 +236,8 @@ class Tool:
 
         A plain function runs in a thread, a coroutine function here. Cancelling fires
         `context.signal`; a thread then goes on until it returns, and its result is dropped.
+        What it raises is logged to `context.log`, once: at WARNING with its traceback, a
+        `ToolError` at INFO.
 
         Raises:
             ToolError: with code `invalid_args` if it was not run; `tool_error` if it raised,
@@ -251,19 +253,23 @@ class Tool:
         try:
             if self._runs_here:
                 return self._to_json_value(await run())
-            result = await asyncio.to_thread(self._run_in_thread, run, context.watch)
-            return self._to_json_value(await result) if inspect.isawaitable(result) else result
+            result = await asyncio.to_thread(self._run_in_thread, run, context)
+            if not isinstance(result, ToolError):
+                return self._to_json_value(await result) if inspect.isawaitable(result) else result
         except asyncio.CancelledError as error:
             context.signal.abort("cancelled")
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # Nobody cancelled us: the tool awaited something that was cancelled.
-            raise self._failure(error) from error
+            raise self._failure(error, context) from error
         except (Exception, SystemExit) as error:
-            raise self._failure(error) from error
+            raise self._failure(error, context) from error
+        raise result
 
-    def _run_in_thread(self, run: Callable[[], Any], watch: ThreadWatch | None) -> Any:
+    def _run_in_thread(self, run: Callable[[], Any], context: ToolContext) -> Any:
+        """Return the result, or as what it failed."""
+        watch = context.watch
         if watch is not None:
             watch.began()
         result, failure = None, None
@@ -271,18 +277,24 @@ class Tool:
             result = run()
             # Encoding a large result would hold up the loop.
             return result if inspect.isawaitable(result) else self._to_json_value(result)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             # A future cannot carry StopIteration (the waiter would never wake), and passing on
             # KeyboardInterrupt would stop the loop.
-            failure = self._failure(error)
-            raise failure from error
+            failure = self._failure(error, context)
+            if failure is not error:
+                failure.__cause__ = error
+            return failure
         finally:
             if watch is not None:
                 watch.ended(result, failure)
 
-    def _failure(self, error: BaseException) -> ToolError:
+    def _failure(self, error: BaseException, context: ToolContext) -> ToolError:
+        """Log what a call raised, which is done once, and return it as an answer for the model."""
+        call = context.idempotency_key
         if isinstance(error, ToolError):
+            context.log.info("tool %r answers call %r with an error: %s", self.name, call, error)
             return error
+        context.log.warning("tool %r failed in call %r", self.name, call, exc_info=error)
         code = "tool_error" if isinstance(error, Exception) else "tool_crashed"
         return ToolError(f"{self.name!r} failed: {type(error).__name__}: {error}", code=code)
 

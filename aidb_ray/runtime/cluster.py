@@ -196,7 +196,6 @@ def _init_ray(address: str | None, namespace: str, num_cpus: int | None) -> None
 
     settings: dict[str, Any] = {
         "namespace": namespace,
-        "log_to_driver": False,
         "logging_level": logging.ERROR,
         "job_config": JobConfig(_py_driver_sys_path=_import_paths()),
     }
