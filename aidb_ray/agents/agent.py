@@ -6,7 +6,10 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar, overload
+
+import msgspec
 
 from aidb_ray.agents.definition import AgentDefinition, raw_definition
 from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
@@ -18,6 +21,7 @@ from aidb_ray.database import Database, ProcessInfo, Session, current_database
 from aidb_ray.errors import (
     AidbError,
     ConfigError,
+    ConflictError,
     KeyExistsError,
     NotReadyError,
     UnavailableError,
@@ -26,7 +30,7 @@ from aidb_ray.models.base import TextAdapter
 from aidb_ray.models.tools import Tool
 from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
-from aidb_ray.store.changes import Filter
+from aidb_ray.store.changes import Filter, Insert
 from aidb_ray.store.transaction import Transaction
 
 logger = logging.getLogger(__name__)
@@ -218,7 +222,9 @@ class Agent:
         """Write a user's message to the agent and return a handle of its answer; returns at once.
 
         With a `message_id` that exists, nothing is written and the handle waits for, or finds,
-        the answer to that message; so a script may be run again. Without a `session` it goes to
+        the answer to that message; so a script may be run again. If that message is another one,
+        by content, author or target, `reply()` and `sent` raise `ConflictError` with the code
+        `message_differs`. Without a `session` it goes to
         the agent's one, see `collections`. Further `fields` are those of `AgentMessage`.
 
         Raises:
@@ -236,15 +242,38 @@ class Agent:
             "content": text,
             **fields,
         }
+        messages = self.database.session(url).messages
         try:
-            sent = self.database.session(url).messages.insert(row)
+            sent = messages.insert(row)
         except KeyExistsError:
-            # It is on its way already.
-            writes = self.database.site_of(url).writes
-            owner = writes.latest_owner((url, "messages", str(row["id"])))
-            sent = owner if isinstance(owner, Transaction) else None
+            sent = self._sent_before(url, row, messages.get(row["id"]))
+        else:
+            sent.explain = partial(self._compare, url, row)
         starting = self._here().starting
         return ReplyHandle(self.database, replies, url, str(row["id"]), sent, starting)
+
+    def _sent_before(
+        self, url: str, row: Mapping[str, Any], shown: AgentMessage | None
+    ) -> Transaction | None:
+        """Return the write of a message that this process knows; None if it is durable."""
+        site, key = self.database.site_of(url), str(row["id"])
+        stored = {} if shown is None else shown.model_dump(mode="json", by_alias=True)
+        if _is_same(row, stored):
+            owner = site.writes.latest_owner((url, "messages", key))
+            return owner if isinstance(owner, Transaction) else None
+        refused = Transaction(url, [Insert(url, "messages", key, b"")], site.client, site.writes)
+        refused.settle(0, _differs(key, stored))
+        return refused
+
+    async def _compare(self, url: str, row: Mapping[str, Any], error: Exception) -> None:
+        """Raise if the message that a refused one met in the store is another one."""
+        if not isinstance(error, KeyExistsError):
+            return
+        found = await self.database.site_of(url).client.find(url, "messages", error.key)
+        if found is not None:
+            stored = msgspec.json.decode(found.value, type=dict[str, Any])
+            if not _is_same(row, stored):
+                raise _differs(error.key, stored, found.revision)
 
     def reply_to(self, message_id: str, *, session: Session | str | None = None) -> ReplyHandle:
         """Return the handle of a message that was written before, here or elsewhere."""
@@ -576,6 +605,24 @@ def _local_shards(database: Database) -> dict[str, list[ActorRef[AgentActor]]]:
     """Return the shards that run in this process, which no name service knows."""
     shards: dict[str, list[ActorRef[AgentActor]]] = database.local_shards
     return shards
+
+
+def _is_same(row: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether a stored message (wire names) says the same of the same author to the same agent."""
+    named = (("content", "content"), ("actor_id", "actorId"), ("target_agent", "targetAgent"))
+    return all(row[name] == stored.get(wire) for name, wire in named)
+
+
+def _differs(key: str, stored: dict[str, Any], revision: int = 0) -> ConflictError:
+    return ConflictError(
+        f"There is a message {key!r} already, and it is another one. Choose another message_id; "
+        f"reply_to({key!r}) waits for the answer to that one.",
+        code="message_differs",
+        collection="messages",
+        key=key,
+        current=stored,
+        revision=revision,
+    )
 
 
 def _unknown_keywords(given: Mapping[str, Any]) -> TypeError:

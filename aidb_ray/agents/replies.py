@@ -225,6 +225,7 @@ class ReplyHandle:
             ModelError: the generation that answers it has failed.
             RunCancelledError: it was cancelled.
             TimeoutError: there was no reply within `timeout_ms`; it may still come.
+            ConflictError: `message_differs`: there is another message with this `message_id`.
             UnavailableError: the message could not be written.
             AidbError: there is no reply yet, and the agent could not be started.
         """

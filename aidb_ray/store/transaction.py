@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
@@ -71,6 +71,8 @@ class Transaction:
         revision: Revision of the commit, 0 until it is durable.
         is_done: Whether it has ended, however it did.
         is_part: Whether it is committed with others, so that it cannot be awaited by itself.
+        explain: Awaited with the error when someone awaits a write that was refused; it may raise
+            one that says more.
         goes_with_earlier: Whether it makes sense only on top of outstanding writes: see `follow`.
     """
 
@@ -85,6 +87,7 @@ class Transaction:
         "_waiter",
         "_was_told",
         "_writes",
+        "explain",
         "goes_with_earlier",
         "is_done",
         "is_part",
@@ -106,6 +109,7 @@ class Transaction:
         self.is_part = False
         self.is_queued = False
         self.goes_with_earlier = False
+        self.explain: Callable[[Exception], Awaitable[None]] | None = None
         self._earlier: Sequence[Transaction] = ()
         self._dependents: list[Transaction] = []
         self._intents = intents
@@ -134,6 +138,8 @@ class Transaction:
             yield from self._wait()
         self._was_told = True
         if self._error is not None:
+            if self.explain is not None:
+                yield from self.explain(self._error).__await__()
             # One error may have ended many writes: a trace of this one only.
             raise self._error.with_traceback(None)
         return self
