@@ -406,7 +406,7 @@ class Database:
 
     async def _leave(self, holders: Holders) -> None:
         """End the stores, and the agents that were left running, if no other connection is left."""
-        holders.leave()
+        holders.leave(self)
         if holders.count:
             return
         async with holders.turn():
@@ -622,6 +622,9 @@ async def _connect(plan: _Plan) -> Database:
 
 
 def _keep_open(database: Database) -> Database:
+    for loop in [loop for loop in _open if loop.is_closed()]:
+        # A directory stays open in this process; all else nobody can use who does not hold it.
+        _open[loop] = [each for each in _open[loop] if each.is_local]
     _open.setdefault(asyncio.get_running_loop(), []).append(database)
     return database
 
@@ -642,16 +645,17 @@ async def _open_database(plan: _Plan, cluster: Cluster) -> Database:
             if holders is None:
                 _check_shared_directory(plan)
             refs = await _start_stores(plan, home, cluster, is_private=holders is not None)
+        database = Database(
+            plan.database,
+            refs,
+            data_dir=str(home),
+            cluster=cluster,
+            durability=plan.durability,
+            holders=holders,
+        )
         if holders is not None:
-            holders.join()
-    return Database(
-        plan.database,
-        refs,
-        data_dir=str(home),
-        cluster=cluster,
-        durability=plan.durability,
-        holders=holders,
-    )
+            holders.join(database)
+    return database
 
 
 _opening_guard = threading.Lock()
