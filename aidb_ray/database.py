@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from uuid import uuid4
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aidb_ray.contracts import (
     AgentMessage,
@@ -160,6 +160,8 @@ class Database:
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
+        # Of agents that others created, while somebody holds the handle.
+        self._attached_agents: WeakValueDictionary[str, Agent] = WeakValueDictionary()
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
 
@@ -289,6 +291,10 @@ class Database:
 
         return self._agents.get(name) or attach_agent(self, name)
 
+    def find_agent(self, name: str) -> Agent | None:
+        """Return the handle that this connection has of an agent, if it has one."""
+        return self._agents.get(name) or self._attached_agents.get(name)
+
     @asynccontextmanager
     async def transaction(self, session: Session | str) -> AsyncGenerator[Transaction]:
         """Collect the writes made inside and commit them together at the end.
@@ -359,6 +365,10 @@ class Database:
     def keep_agent(self, agent: Agent) -> None:
         """Remember an agent that was created or attached here."""
         self._agents[agent.name] = agent
+
+    def share_agent(self, agent: Agent) -> None:
+        """Give the same handle to all who ask for this agent while somebody holds it."""
+        self._attached_agents[agent.name] = agent
 
     def forget_agent(self, agent: Agent) -> None:
         """Forget an agent that was ended."""
