@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 from uuid import uuid4
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aidb_ray.contracts import (
     AgentMessage,
@@ -170,6 +170,8 @@ class Database:
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
         self._effects: list[Closable] = []
+        # Of agents that others created, while somebody holds the handle.
+        self._attached_agents: WeakValueDictionary[str, Agent] = WeakValueDictionary()
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
         self.local_turns: dict[str, asyncio.Lock] = {}
@@ -339,6 +341,10 @@ class Database:
 
         return self._agents.get(name) or attach_agent(self, name)
 
+    def find_agent(self, name: str) -> Agent | None:
+        """Return the handle that this connection has of an agent, if it has one."""
+        return self._agents.get(name) or self._attached_agents.get(name)
+
     @asynccontextmanager
     async def transaction(self, session: Session | str) -> AsyncGenerator[Transaction]:
         """Collect the writes made inside and commit them together at the end.
@@ -410,6 +416,10 @@ class Database:
         """Remember an agent that was created or attached here."""
         self._agents[agent.name] = agent
 
+    def share_agent(self, agent: Agent) -> None:
+        """Give the same handle to all who ask for this agent while somebody holds it."""
+        self._attached_agents[agent.name] = agent
+
     def forget_agent(self, agent: Agent) -> None:
         """Forget an agent that was ended."""
         if self._agents.get(agent.name) is agent:
@@ -467,7 +477,7 @@ class Database:
 
     async def _leave(self, holders: Holders) -> None:
         """End the stores, and the agents that were left running, if no other connection is left."""
-        holders.leave()
+        holders.leave(self)
         if holders.count:
             return
         async with holders.turn():
@@ -705,6 +715,9 @@ async def _connect(plan: _Plan) -> Database:
 
 
 def _keep_open(database: Database) -> Database:
+    for loop in [loop for loop in _open if loop.is_closed()]:
+        # A directory stays open in this process; all else nobody can use who does not hold it.
+        _open[loop] = [each for each in _open[loop] if each.is_local]
     _open.setdefault(asyncio.get_running_loop(), []).append(database)
     return database
 
@@ -725,16 +738,17 @@ async def _open_database(plan: _Plan, cluster: Cluster) -> Database:
             if holders is None:
                 _check_shared_directory(plan)
             refs = await _start_stores(plan, home, cluster, is_private=holders is not None)
+        database = Database(
+            plan.database,
+            refs,
+            data_dir=str(home),
+            cluster=cluster,
+            durability=plan.durability,
+            holders=holders,
+        )
         if holders is not None:
-            holders.join()
-    return Database(
-        plan.database,
-        refs,
-        data_dir=str(home),
-        cluster=cluster,
-        durability=plan.durability,
-        holders=holders,
-    )
+            holders.join(database)
+    return database
 
 
 _opening_guard = threading.Lock()

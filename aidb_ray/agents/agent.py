@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -121,8 +123,8 @@ def attach_agent(database: Database, name: str) -> Agent:
     Once `ready()` was awaited it knows the agent's session, if that is only one; before, `send`
     and `collections` need to be told.
     """
-    agent = Agent(database, name, None, 0)
-    agent.begin(None, "attach")
+    agent = _handle_of(database, name, None, 0)
+    agent.attach()
     return agent
 
 
@@ -141,15 +143,25 @@ class AgentCollections:
 class _InLoop:
     """What a handle has in one event loop: its start, and the replies by partition."""
 
+    closing: weakref.finalize[..., Agent] = field(init=False)
     starting: asyncio.Task[None] | None = None
     replies: dict[int, Replies] = field(default_factory=dict[int, Replies])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it could not start."""
+        starting = self.starting
+        if starting is None or not starting.done():
+            return False
+        return starting.cancelled() or starting.exception() is not None
 
 
 class Agent:
     """A running agent. Light; it pickles, and attaches where it arrives.
 
     A handle may be used in several event loops, one after the other, as by tasks that each call
-    `asyncio.run`; each attaches anew. A `ReplyHandle` is of the loop that sent.
+    `asyncio.run`; each attaches anew. A `ReplyHandle` is of the loop that sent. Replies are heard
+    while anyone holds the handle, or one of its `ReplyHandle`s.
     """
 
     def __init__(self, database: Database, name: str, url: str | None, shards: int) -> None:
@@ -164,7 +176,7 @@ class Agent:
         return f"<Agent {self.name!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reattach, (self.database, self.name, self._url, self._shard_count)
+        return _handle_of, (self.database, self.name, self._url, self._shard_count)
 
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
@@ -173,6 +185,12 @@ class Agent:
         self._here().starting = starting
         if self._url is not None:
             self._listen()
+
+    def attach(self) -> None:
+        """Look for the shards in the background, unless that was done in this event loop."""
+        here = self._here()
+        if here.starting is None or here.has_failed:
+            self.begin(None, "attach")
 
     async def ready(self) -> None:
         """Wait until every shard is at work.
@@ -248,7 +266,7 @@ class Agent:
         else:
             sent.explain = partial(self._compare, url, row)
         starting = self._here().starting
-        return ReplyHandle(self.database, replies, url, str(row["id"]), sent, starting)
+        return ReplyHandle(self, replies, url, str(row["id"]), sent, starting)
 
     def _sent_before(
         self, url: str, row: Mapping[str, Any], shown: AgentMessage | None
@@ -277,7 +295,7 @@ class Agent:
         """Return the handle of a message that was written before, here or elsewhere."""
         url = self._url_of(session)
         replies, starting = self._listen_in(url), self._here().starting
-        return ReplyHandle(self.database, replies, url, message_id, None, starting)
+        return ReplyHandle(self, replies, url, message_id, None, starting)
 
     async def cancel(self, *, session: Session | str | None = None, reason: str = "") -> None:
         """Ask the agent to stop what it does in a session, durably; returns when that is written.
@@ -418,8 +436,10 @@ class Agent:
         found = self._loops.get(loop)
         if found is None:
             for gone in [other for other in self._loops if other.is_closed()]:
-                del self._loops[gone]
+                self._loops.pop(gone).closing.detach()
             found = self._loops[loop] = _InLoop()
+            found.closing = weakref.finalize(self, _close_in, loop, found.replies)
+            found.closing.atexit = False
         return found
 
     def _one_session(self) -> str:
@@ -549,13 +569,22 @@ def _retrieve(starting: asyncio.Task[None]) -> None:
         logger.error("an agent could not start: %s", error)
 
 
-_attached: dict[tuple[int, str], Agent] = {}
+def _handle_of(database: Database, name: str, url: str | None, shards: int) -> Agent:
+    """Return this process's handle of an agent: each would listen for replies by itself."""
+    agent = database.find_agent(name)
+    if agent is None:
+        agent = Agent(database, name, url, shards)
+        database.share_agent(agent)
+    return agent
 
 
-def _reattach(database: Database, name: str, url: str | None, shards: int) -> Agent:
-    # One handle per process: each would listen for replies by itself.
-    place = (id(database), name)
-    found = _attached.get(place)
-    if found is None:
-        found = _attached[place] = Agent(database, name, url, shards)
-    return found
+def _close_in(loop: asyncio.AbstractEventLoop, replies: dict[int, Replies]) -> None:
+    """Close what an agent that is gone listened to, in the event loop where it did."""
+
+    def close() -> None:
+        for each in replies.values():
+            each.close()
+
+    # Garbage is collected anywhere: amid the feed's work, or in another thread.
+    with suppress(RuntimeError):  # The loop was closed, and all in it has ended.
+        loop.call_soon_threadsafe(close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
@@ -48,6 +49,7 @@ from aidb_ray.runtime import LocalRef
 from aidb_ray.store.changes import Change
 from aidb_ray.store.collection import Collection
 from aidb_ray.testing import CallTool, Player, Reply, ScriptedModel
+from tests.stores import until
 
 URL = "aidb://echo/1"
 SOON_MS = 20_000
@@ -823,6 +825,52 @@ async def test_a_handle_by_name_learns_the_agent_s_one_session(
     with pytest.raises(ConfigError) as raised:
         found.send("hello", session="aidb://echo/2")
     assert raised.value.code == "foreign_session"
+    await found.detach()
+
+
+async def test_handles_by_name_are_one_and_listen_while_one_is_held(
+    db: Database, elsewhere: Database
+) -> None:
+    await start(Model())
+    elsewhere.local_shards = db.local_shards
+    heard = elsewhere.partitions[0].client.feed._subscriptions
+
+    first = elsewhere.agent("echo")
+    await first.ready()
+    listening = len(heard)
+    assert listening
+    assert elsewhere.agent("echo") is first
+    assert (await ask(elsewhere.agent("echo"), "one")).content == "You said one."
+    assert len(heard) == listening
+    await written(first.send("two", session=URL, message_id="two"))
+    handle = first.reply_to("two", session=URL)
+    del first
+    gc.collect()
+    # Whoever waits for a reply holds it, too.
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "You said two."
+    assert len(heard) == listening
+    del handle
+    gc.collect()
+    await until(lambda: not heard)
+    for number in range(3):
+        assert (await ask(elsewhere.agent("echo"), str(number))).content == f"You said {number}."
+        gc.collect()
+    await until(lambda: not heard)
+
+
+async def test_a_handle_by_name_that_found_nobody_looks_again(
+    db: Database, elsewhere: Database
+) -> None:
+    early = elsewhere.agent("echo")
+    with pytest.raises(ConfigError) as raised:
+        await early.ready()
+    assert raised.value.code == "agent_missing"
+    await start(Model())
+    elsewhere.local_shards = db.local_shards
+
+    found = elsewhere.agent("echo")
+    await found.ready()
+    assert (await ask(found, "hello")).content == "You said hello."
     await found.detach()
 
 

@@ -111,8 +111,9 @@ class FakeCluster(Cluster):
 class FakeAgent:
     """An agent that says what becomes of it."""
 
-    def __init__(self, ray: FakeRay, name: str) -> None:
+    def __init__(self, ray: FakeRay, name: str, database: Database) -> None:
         self.name = name
+        self.database = database
         self._ray = ray
 
     async def aclose(self) -> None:
@@ -132,7 +133,7 @@ async def connect_again(data_dir: str = "anywhere") -> Database:
 
 
 def keep_agent(database: Database, ray: FakeRay, name: str) -> None:
-    database.keep_agent(FakeAgent(ray, name))  # pyright: ignore[reportArgumentType]
+    database.keep_agent(FakeAgent(ray, name, database))  # pyright: ignore[reportArgumentType]
 
 
 async def test_the_last_connection_ends_the_stores(ray: FakeRay) -> None:
@@ -182,6 +183,29 @@ def test_a_connection_counts_beyond_the_event_loop_that_made_it(
     assert not ray.stores
 
 
+def test_a_connection_that_was_dropped_with_its_event_loop_counts_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(monkeypatch)
+
+    async def connect_and_forget() -> None:
+        database = await connect_again()
+        assert database.partitions[0].client
+        keep_agent(database, ray, "echo")
+
+    async def connect_and_close() -> None:
+        await (await connect_again()).aclose()
+
+    gc.disable()
+    try:
+        asyncio.run(connect_and_forget())
+        assert ray.stores
+        asyncio.run(connect_and_close())
+    finally:
+        gc.enable()
+    assert not ray.stores
+
+
 async def test_who_connects_while_the_last_one_closes_gets_stores_that_run(ray: FakeRay) -> None:
     first = await connect_again()
     (ended,) = ray.stores.values()
@@ -204,11 +228,11 @@ async def test_who_closes_while_another_one_connects_leaves_it_the_stores(ray: F
     async with holders_of("default").turn():
         closing = asyncio.create_task(first.aclose())
         await until(lambda: not holders_of("default").count)
-        holders_of("default").join()
+        holders_of("default").join(ray)
     await closing
 
     assert list(ray.stores.values()) == [store]
-    holders_of("default").leave()
+    holders_of("default").leave(ray)
 
 
 async def test_an_agent_goes_on_until_the_last_connection_ends_it(ray: FakeRay) -> None:
