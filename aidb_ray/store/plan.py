@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 from zlib import crc32
 
 import msgspec
@@ -64,6 +64,7 @@ Where: TypeAlias = tuple[str, str, str]
 """(session, collection, key)"""
 
 _UNKNOWN = StoredRow(-1, b"")
+_OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown})
 
 
 class _End:
@@ -89,11 +90,6 @@ class _Claiming:
         self.holds: list[tuple[Place, str | None, tuple[str, int] | None]] = []
         self.leases: dict[str, Lease] = {}
         self.disowned: list[str] = []
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the commit leaves claims and leases alone."""
-        return not (self.holds or self.leases or self.disowned)
 
 
 class Plan:
@@ -209,26 +205,31 @@ class Plan:
         streams: dict[tuple[str, str], tuple[int, str]] = {}
         claims: list[ClaimBuckets] = []
         runner, held = commit.runner, commit.held
-        claiming = _Claiming(0 if held is None else held.token)
-        if held is not None and (refusal := self._check_held(held, ends)) is not None:
-            return refusal
+        claiming: _Claiming | None = None
+        if held is not None:
+            claiming = _Claiming(held.token)
+            refusal = self._check_held(held, ends)
+            if refusal is not None:
+                return refusal
         for mutation in commit.mutations:
-            if isinstance(mutation, ClaimBuckets):
+            kind = type(mutation)
+            refusal = None
+            if runner is not None and kind not in _OF_NO_SESSION:
+                refusal = self._fence(runner, cast("Insert", mutation).session)
+            if refusal is not None:
+                return refusal
+            # Most are inserts and updates, and of those there are many.
+            if kind is Insert or kind is Update:
+                refusal = self._plan_row(cast("Insert | Update", mutation), revision, ends)
+            elif isinstance(mutation, Append):
+                refusal = self._plan_append(mutation, chunks, streams)
+            elif isinstance(mutation, ClaimBuckets):
                 if not 0 <= mutation.low < mutation.high <= BUCKETS:
                     return Refusal("invalid_buckets")
                 claims.append(mutation)
-                continue
-            if isinstance(mutation, Renew | Disown):
-                refusal = self._plan_lease(mutation, ends, claiming)
-            elif runner is None or (refusal := self._fence(runner, mutation.session)) is None:
-                if isinstance(mutation, Append):
-                    refusal = self._plan_append(mutation, chunks, streams)
-                elif isinstance(mutation, Claim | Release):
-                    refusal = self._plan_claim(mutation, revision, ends, claiming)
-                else:
-                    refusal = self._plan_row(mutation, revision, ends)
-                    if refusal is None and isinstance(mutation, Delete):
-                        self._forget_claim(mutation, ends, claiming)
+            else:
+                claiming = claiming or _Claiming()
+                refusal = self._plan_other(mutation, revision, ends, claiming)
             if refusal is not None:
                 return refusal
         self.revision = revision
@@ -238,9 +239,30 @@ class Plan:
         self._accept_rows(revision, ends)
         for claim in claims:
             self._claim(claim, revision)
-        if not claiming.is_empty:
+        if claiming is not None:
             self._accept_claims(revision, claiming)
         return None
+
+    def _plan_other(
+        self,
+        mutation: Mutation,
+        revision: int,
+        ends: dict[Where, _End],
+        claiming: _Claiming,
+    ) -> Refusal | None:
+        """Plan what has to do with claims."""
+        match mutation:
+            case Delete():
+                refusal = self._plan_row(mutation, revision, ends)
+                if refusal is None:
+                    self._forget_claim(mutation, ends, claiming)
+                return refusal
+            case Claim() | Release():
+                return self._plan_claim(mutation, revision, ends, claiming)
+            case Renew() | Disown():
+                return self._plan_lease(mutation, ends, claiming)
+            case _:
+                raise AssertionError(mutation)
 
     def _plan_row(
         self, mutation: Insert | Update | Delete, revision: int, ends: dict[Where, _End]
