@@ -11,12 +11,13 @@ from aidb_ray.database import Database, current_database, set_current_database
 from aidb_ray.effects.definition import EffectDefinition
 from aidb_ray.effects.loop import EffectLoop, EffectStatus
 from aidb_ray.errors import AidbError, UnavailableError
-from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
+from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, spawn
 
 logger = logging.getLogger(__name__)
 
 _START_MS = 120_000
 _STOP_MS = 60_000
+_PAUSE_S = 0.2
 
 
 class EffectActor:
@@ -160,22 +161,34 @@ class Effect:
         await asyncio.gather(*starting)
 
     async def _start_actor(self, index: int) -> ActorRef[EffectActor]:
+        """Return the actor that has this definition: one that runs, or one that is started.
+
+        A name has one actor, so of many that start the same effect one creates it and the others
+        find it. What one looked at may be replaced in the next moment; so whoever ends an actor
+        ends the one it looked at, and looks again.
+        """
         definition, database = self._definition, self.database
-        name = f"aidb/{database.name}/effect/{definition.name}/{index}"
-        running = await find(EffectActor, name)
-        if running is not None:
+        owned = database.cluster is not None and database.cluster.owned
+        options = ActorOptions(
+            name=f"aidb/{database.name}/effect/{definition.name}/{index}",
+            detached=not owned,
+            **dict(definition.ray_options),
+        )
+        fingerprint = definition.fingerprint()
+        deadline = asyncio.get_running_loop().time() + _START_MS / 1000
+        while True:
+            ref = await spawn(EffectActor, options, database, definition, index)
             try:
-                status = await running.with_timeout(_START_MS).ask(EffectActor.status)
+                status = await ref.with_timeout(_START_MS).ask(EffectActor.status)
             except UnavailableError:
                 # Being restarted, or ended; whichever, the name leads to what runs next.
-                pass
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
             else:
-                if status.fingerprint == definition.fingerprint():
-                    return running
-                await running.with_timeout(_STOP_MS).stop()
-        owned = database.cluster is not None and database.cluster.owned
-        options = ActorOptions(name=name, detached=not owned, **dict(definition.ray_options))
-        return await spawn(EffectActor, options, database, definition, index)
+                if status.fingerprint == fingerprint:
+                    return ref
+                await ref.pinned().with_timeout(_STOP_MS).stop()
 
 
 def start_effect(definition: EffectDefinition, database: Database | None) -> Effect:

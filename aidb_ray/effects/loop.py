@@ -39,7 +39,9 @@ from aidb_ray.store.changes import (
     Claim,
     Disown,
     Filter,
+    Held,
     Mutation,
+    Release,
     Renew,
     StoredRow,
     Update,
@@ -437,9 +439,29 @@ class EffectLoop:
             note=note,
         )
         client = self._database.site_of(session).client
-        token = await asyncio.shield(client.commit([claim, *mutations]))
+        sent = client.commit([claim, *mutations])
+        try:
+            token = await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            await asyncio.wait([sent])
+            if sent.exception() is None:
+                await self._give_back(place, row, sent.result(), is_changed=bool(mutations))
+            raise
         stored = StoredRow(token, value) if mutations else row
         return ClaimedRow(session, name, key, token, attempt, stored, note, standing.is_orphan)
+
+    async def _give_back(
+        self, place: Place, row: StoredRow, token: int, *, is_changed: bool
+    ) -> None:
+        """Leave a row that was claimed as it was: nothing of it has run."""
+        where = (place[0], self._definition.source.name, place[1])
+        back: list[Mutation] = [Release(*where, token, "free")]
+        if is_changed:
+            back.append(Update(*where, row.value, token))
+        try:
+            await self._database.site_of(place[0]).client.commit(back, held=Held(*where, token))
+        except AidbError as error:
+            logger.warning("a claim could not be given back, its lease will end: %s", error)
 
     def _yield_to(self, place: Place, error: ConflictError) -> None:
         """Leave a row that could not be claimed to whoever has it, or look at it again."""

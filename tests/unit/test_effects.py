@@ -517,6 +517,21 @@ async def test_closing_leaves_rows_for_others(db: Database, calls: Collection[To
     assert (row.result, row.attempt) == ("x", 2)
 
 
+async def test_closing_while_a_row_is_being_claimed_gives_it_back(
+    db: Database, calls: Collection[ToolCall]
+) -> None:
+    await calls.insert([pending(str(n)) for n in range(50)])
+    for _ in range(3):
+        effect = start(calls, Door(), max_running=50)
+        await effect.ready()
+        # Its claims are on their way.
+        await effect.aclose()
+    async with start(calls, echo, lease_ms=60_000):
+        for n in range(50):
+            row = await ended(calls, str(n))
+            assert (row.status, row.in_doubt) == ("completed", False)
+
+
 # In doubt.
 
 
