@@ -172,6 +172,7 @@ class Database:
         self._effects: list[Closable] = []
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
+        self.local_turns: dict[str, asyncio.Lock] = {}
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} in {self.data_dir}>"
@@ -794,19 +795,7 @@ async def _find_running(plan: _Plan, home: Path) -> list[ActorRef[StoreActor]]:
     first = await find(StoreActor, _store_name(plan.database, 0))
     if first is None:
         return []
-    status = await first.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open)
-    _check_partitions(plan, status.partitions)
-    if status.durability != plan.durability:
-        raise ConfigError(
-            f"Database {plan.database!r} runs with durability {status.durability!r}, not "
-            f"{plan.durability!r}.",
-            code="durability_differs",
-        )
-    if plan.durability == "local" and Path(status.directory) != home / "p0":
-        raise StoreMismatchError(
-            f"Database {plan.database!r} of this cluster is in {status.directory!r}, not in "
-            f"{str(home / 'p0')!r}. Name its data_dir, or another database."
-        )
+    _check_store(plan, home, await first.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open))
     refs: list[ActorRef[StoreActor]] = [first]
     deadline = time.monotonic() + FIND_TIMEOUT_MS / 1000
     while len(refs) < plan.partitions:
@@ -825,6 +814,23 @@ async def _find_running(plan: _Plan, home: Path) -> list[ActorRef[StoreActor]]:
     return refs
 
 
+def _check_store(plan: _Plan, home: Path, status: StoreStatus) -> None:
+    """Raise unless a store that runs already is one of the database that is asked for."""
+    _check_partitions(plan, status.partitions)
+    if status.durability != plan.durability:
+        raise ConfigError(
+            f"Database {plan.database!r} runs with durability {status.durability!r}, not "
+            f"{plan.durability!r}.",
+            code="durability_differs",
+        )
+    expected = home / f"p{status.partition}"
+    if plan.durability == "local" and Path(status.directory) != expected:
+        raise StoreMismatchError(
+            f"Database {plan.database!r} of this cluster is in {status.directory!r}, not in "
+            f"{str(expected)!r}. Name its data_dir, or another database."
+        )
+
+
 async def _start_stores(
     plan: _Plan, home: Path, cluster: Cluster | None, *, is_private: bool
 ) -> list[ActorRef[StoreActor]]:
@@ -833,17 +839,32 @@ async def _start_stores(
     try:
         for option in options:
             refs.append(await _start_store(option, cluster, is_private=is_private))  # noqa: PERF401
-        await _open_all(refs)
+        # Another driver may have been faster to start them, and want another database.
+        for status in await _open_all(refs):
+            _check_store(plan, home, status)
     except BaseException:
         # A store that cannot be opened would answer later drivers under its name.
-        await asyncio.gather(*(ref.with_timeout(5_000).stop() for ref in refs))
+        await asyncio.gather(*(_give_up_store(ref, is_private=is_private) for ref in refs))
         raise
     return refs
 
 
-async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> None:
+async def _give_up_store(ref: ActorRef[StoreActor], *, is_private: bool) -> None:
+    """End a store, unless other drivers may have it: one that serves, or is being opened."""
+    ref = ref.pinned().with_timeout(5_000)
+    if not is_private:
+        try:
+            status = await ref.ask(StoreActor.status)
+        except UnavailableError:
+            return
+        if status.state != "recovering" or not status.problem:
+            return
+    await ref.stop()
+
+
+async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> list[StoreStatus]:
     opening = (ref.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open) for ref in refs)
-    await asyncio.gather(*opening)
+    return await asyncio.gather(*opening)
 
 
 def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:

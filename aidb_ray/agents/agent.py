@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import msgspec
 
@@ -16,6 +16,7 @@ from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
 from aidb_ray.agents.replies import Replies, ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor, ShardStatus
+from aidb_ray.agents.startup import RETIRE_MS, OnChange, find_shards, start_shards
 from aidb_ray.contracts import AgentMessage, CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
 from aidb_ray.errors import (
@@ -29,19 +30,16 @@ from aidb_ray.errors import (
 from aidb_ray.models.base import TextAdapter
 from aidb_ray.models.tools import Tool
 from aidb_ray.query.builder import Query, QueryRoot
-from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
+from aidb_ray.runtime import ActorRef
 from aidb_ray.store.changes import Filter, Insert
 from aidb_ray.store.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 
 W = TypeVar("W")
-OnChange = Literal["replace", "attach", "error"]
-RETIRE_MS = 60_000
 DRAIN_MS = 25_000
 HEADROOM_MS = 1_000
 _STATUS_MS = 2_000
-_START_MS = 120_000
 
 
 @overload
@@ -368,7 +366,7 @@ class Agent:
     async def status(self) -> list[ShardStatus]:
         """Return how each shard is doing."""
         await self.ready()
-        return list(await asyncio.gather(*(ref.ask(AgentActor.status) for ref in self._refs)))
+        return list(await asyncio.gather(*(_status(ref) for ref in self._refs)))
 
     async def processes(self) -> list[ProcessInfo]:
         """Return the processes of the shards; those that do not answer are not serving."""
@@ -387,7 +385,9 @@ class Agent:
     async def aclose(self) -> None:
         """End the agent: what runs stops where it is, and a later runner goes on with it."""
         await self.detach()
-        await self._stop_shards()
+        await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
+        if self.database.local_shards.get(self.name) == self._refs:
+            del self.database.local_shards[self.name]
         self.database.forget_agent(self)
 
     async def detach(self) -> None:
@@ -399,106 +399,16 @@ class Agent:
             replies.close()
         here.replies.clear()
 
-    async def _stop_shards(self) -> None:
-        await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
-        shards = _local_shards(self.database)
-        if shards.get(self.name) == self._refs:
-            del shards[self.name]
-
     # Starting.
 
     async def _begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
-        running = [] if self.database.is_local else await self._find_running()
-        local = _local_shards(self.database).get(self.name)
-        if local is not None:
-            running = list(local)
-        if definition is None:
-            if not running:
-                raise ConfigError(
-                    f"No agent {self.name!r} runs in database {self.database.name!r}.",
-                    code="agent_missing",
-                )
-            await self._adopt(running)
+        if definition is not None:
+            self._refs = await start_shards(self.database, definition, on_change)
             return
-        if running:
-            if await self._goes_on(running, definition, on_change):
-                self._refs = running
-                return
-            await asyncio.gather(
-                *(
-                    ref.with_timeout(RETIRE_MS + 10_000).ask(AgentActor.retire, RETIRE_MS)
-                    for ref in running
-                ),
-                return_exceptions=True,
-            )
-            await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in running))
-        self._refs = [
-            await self._start_shard(definition, index) for index in range(definition.shards)
-        ]
-        if self.database.is_local:
-            _local_shards(self.database)[self.name] = self._refs
-        try:
-            await asyncio.gather(
-                *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
-            )
-        except ConfigError:
-            # Shards that cannot work would be found, and attached to, by whoever tries again.
-            await self._stop_shards()
-            raise
-
-    async def _adopt(self, running: list[ActorRef[AgentActor]]) -> None:
-        """Take these shards for the agent's, and learn from them which sessions it follows."""
-        status = await running[0].with_timeout(_START_MS).ask(AgentActor.status)
-        self._refs = running
+        self._refs, status = await find_shards(self.database, self.name)
         if self._url is None:
             self._url = status.stream_url
             self._listen()
-
-    async def _find_running(self) -> list[ActorRef[AgentActor]]:
-        found: list[ActorRef[AgentActor]] = []
-        while True:
-            ref = await find(AgentActor, self._actor_name(len(found)))
-            if ref is None:
-                return found
-            found.append(ref)
-
-    async def _goes_on(
-        self,
-        running: list[ActorRef[AgentActor]],
-        definition: AgentDefinition,
-        on_change: OnChange,
-    ) -> bool:
-        """Whether the running agent is the one that was meant, or shall stay."""
-        try:
-            status = await running[0].ask(AgentActor.status)
-        except UnavailableError:
-            # It is being restarted, with the definition it had.
-            return on_change == "attach"
-        if status.fenced:
-            # Another one took over and has gone: nobody works any more.
-            return False
-        if status.fingerprint == definition.fingerprint() or on_change == "attach":
-            return True
-        if on_change == "error":
-            raise ConfigError(
-                f"Agent {self.name!r} runs with another definition. Create it with "
-                f"on_change='replace', or attach to it with db.agent({self.name!r}).",
-                code="agent_exists",
-            )
-        return False
-
-    async def _start_shard(self, definition: AgentDefinition, index: int) -> ActorRef[AgentActor]:
-        database = self.database
-        if database.is_local:
-            return LocalRef(AgentActor(database, definition, index))
-        owned = database.cluster is not None and database.cluster.owned
-        options = ActorOptions(
-            name=self._actor_name(index), detached=not owned, **dict(definition.ray_options)
-        )
-        return await spawn(AgentActor, options, database, definition, index)
-
-    def _actor_name(self, index: int) -> str:
-        return f"aidb/{self.database.name}/agent/{self.name}/{index}"
 
     # Inside.
 
@@ -601,10 +511,12 @@ class AgentInSession:
         return await self.agent.drain_until_idle(session=self.url, **options)
 
 
-def _local_shards(database: Database) -> dict[str, list[ActorRef[AgentActor]]]:
-    """Return the shards that run in this process, which no name service knows."""
-    shards: dict[str, list[ActorRef[AgentActor]]] = database.local_shards
-    return shards
+async def _status(ref: ActorRef[AgentActor]) -> ShardStatus:
+    try:
+        return await ref.ask(AgentActor.status)
+    except UnavailableError:
+        # It may have been replaced, of which the address hears now; then it finds the next one.
+        return await ref.ask(AgentActor.status)
 
 
 def _is_same(row: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:

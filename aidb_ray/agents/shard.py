@@ -51,6 +51,9 @@ CACHE_BYTES = 256 << 20
 FAILURE_PAUSE_MS = 1_000
 LONGEST_FAILURE_PAUSE_MS = 60_000
 TURN_PAUSE_MS = 500
+AGENT_ENDED = "agent_ended"
+"""Code of the error that a shard answers with once it was retired or stopped."""
+
 _DECIDED = tuple(status.value for status in ToolCallStatus if status.is_terminal)
 _APPROVALS = ("approved", "rejected")
 
@@ -65,6 +68,7 @@ class ShardStatus:
         cycles: Generations that ended since the process began.
         fenced: Whether another runner took over.
         stream_url: The session or pattern that the agent follows, `""` for rows without one.
+        shards: How many shards the agent has.
     """
 
     agent: str
@@ -77,6 +81,7 @@ class ShardStatus:
     cycles: int
     fenced: bool = False
     stream_url: str = ""
+    shards: int = 1
 
 
 @dataclass(slots=True)
@@ -106,6 +111,7 @@ class AgentActor:
         self._low, self._high = shard_ranges(definition.shards)[shard]
         self._works: list[_PartitionWork] = []
         self._starting: asyncio.Task[None] | None = None
+        self._is_ended = False
 
     async def start(self) -> None:
         """Claim the buckets, read what is pending, and begin.
@@ -145,9 +151,29 @@ class AgentActor:
                 await works.pop().aclose()
             raise
 
+    def _ended(self) -> UnavailableError:
+        return UnavailableError(
+            f"This process of agent {self._definition.name!r} was ended. Look for the next one.",
+            outcome="not_applied",
+            code=AGENT_ENDED,
+        )
+
     async def ready(self) -> int:
-        """Return the process id once the shard is at work."""
-        await self.start()
+        """Return the process id once the shard is at work.
+
+        Raises:
+            UnavailableError: `agent_ended`: it was retired or stopped.
+            AidbError: the store cannot be reached or refused.
+        """
+        if not self._is_ended:
+            try:
+                await self.start()
+            except asyncio.CancelledError:
+                # Either the caller's, or that of a start that was given up.
+                if not self._is_ended:
+                    raise
+        if self._is_ended:
+            raise self._ended()
         return os.getpid()
 
     async def status(self) -> ShardStatus:
@@ -163,6 +189,7 @@ class AgentActor:
             cycles=sum(work.cycles for work in self._works),
             fenced=any(work.is_fenced for work in self._works),
             stream_url=self._definition.stream_url,
+            shards=self._definition.shards,
         )
 
     async def run_cycle(self, session: str | None) -> bool:
@@ -196,6 +223,7 @@ class AgentActor:
 
     async def retire(self, timeout_ms: int) -> None:
         """Begin nothing new, wait for what runs, and end."""
+        self._is_ended = True
         for work in self._works:
             work.is_retired = True
         try:
@@ -208,6 +236,7 @@ class AgentActor:
 
     async def stop(self) -> None:
         """Stop what runs where it is, and end. Rows stay pending; a later runner goes on."""
+        self._is_ended = True
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])
