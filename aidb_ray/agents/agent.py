@@ -155,6 +155,8 @@ class Agent:
         self.database = database
         self._url = url
         self._shard_count = shards
+        # Whether it answers rows of the user's own; of one that is attached to, once that is known.
+        self._is_raw = False
         self._refs: list[ActorRef[AgentActor]] = []
         self._loops: dict[asyncio.AbstractEventLoop, _InLoop] = {}
 
@@ -166,6 +168,8 @@ class Agent:
 
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
+        if definition is not None:
+            self._is_raw = definition.pending_work is not None
         starting = asyncio.get_running_loop().create_task(self._begin(definition, on_change))
         starting.add_done_callback(_retrieve)
         self._here().starting = starting
@@ -263,7 +267,11 @@ class Agent:
         matches a `pending_work`; see `create_agent`.
         """
         await self.ready()
-        if self._url is None or not self._url.startswith("aidb://"):
+        if self._is_raw or self._url is None:
+            if session is not None:
+                named = session.url if isinstance(session, Session) else session
+                asked = [ref.ask(AgentActor.has_pending, named) for ref in self._refs]
+                return any(await asyncio.gather(*asked))
             return any(status.pending for status in await self.status())
         url = self._url if session is None else self._url_of(session)
         where = (("targetAgent", (self.name,)), ("processed", (False,)))
@@ -406,6 +414,7 @@ class Agent:
         """Take these shards for the agent's, and learn from them which sessions it follows."""
         status = await running[0].with_timeout(_START_MS).ask(AgentActor.status)
         self._refs = running
+        self._is_raw = status.is_raw
         if self._url is None:
             self._url = status.stream_url
             self._listen()

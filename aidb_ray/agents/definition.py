@@ -160,7 +160,9 @@ def durable_agent(
         name: Messages with this `target_agent` are its work.
         adapter: The model.
         instructions: Given to the model as its system prompt.
-        tools: What the model may call. They run in the agent's process; each call is a row.
+        tools: What the model may call; each call is a row. They run in the agent's process, but
+            for those that run elsewhere. Calls that need an approval, or run elsewhere, have the
+            generation wait, for as long as it takes and across restarts.
         stream_url: One session, or a pattern ending in `*`: every session that matches, now and
             later. Default `aidb://<name>/*`.
         build_messages: `(pending, ctx) -> messages` for the model; default: the history.
@@ -169,13 +171,14 @@ def durable_agent(
         max_iterations: Model rounds in one generation.
         retry: How errors of the provider are tried again, and how often lost processes.
         usage_limits: Bounds of one generation.
-        run_timeout_ms: Bound on one generation in this process.
+        run_timeout_ms: Bound on the work on one generation in this process, and on its age while
+            it waits for others.
         idle_timeout_ms: Longest silence of a model, that before its first event included.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
-            again under the same idempotency key, answer it with an error, or park the session
-            until every such call is decided. Whoever decides writes the call's row: a terminal
-            `status` with `result` or `error`, or `approval`: `approved` has it run again once,
-            `rejected` answers it with an error.
+            again under the same idempotency key, answer it with an error, or leave the session
+            alone until it is decided. Whoever decides writes the call's row: a terminal `status`
+            with `result` or `error`, or `approval`, as `approve` and `reject` do: `approved` has
+            it run again once, `rejected` answers it with an error.
         on_crash: A model round that was interrupted starts again, as a new attempt.
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.
@@ -250,15 +253,10 @@ def _check(definition: AgentDefinition) -> None:
         raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
     check_tools(definition.tools)
     for tool in definition.tools:
-        if not tool.has_implementation:
+        if not tool.has_implementation and not tool.runs_elsewhere:
             raise ConfigError(
                 f"Tool {tool.name!r} has no implementation; agents run their tools themselves.",
                 code="missing_implementation",
-            )
-        if tool.needs_approval:
-            raise ConfigError(
-                f"Tool {tool.name!r} needs an approval, for which agents cannot wait yet.",
-                code="approval_unsupported",
             )
     url = definition.stream_url
     if definition.pending_work is None and (

@@ -72,6 +72,8 @@ class SessionState:
         # When each generation was answered: its messages come right before its reply.
         self._replied_at: dict[str, str] = {}
         self.calls: dict[str, dict[str, ToolCallRow]] = {}
+        # The revision that wrote each call, where it is known.
+        self._call_revisions: dict[str, int] = {}
 
     def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
         """Take in all rows as of `revision`."""
@@ -89,7 +91,7 @@ class SessionState:
         for row in rows["tool_calls"]:
             call = decode_call(row.value)
             if call.generation_id in self.generations:
-                self.put_call(call)
+                self.put_call(call, row.revision)
 
     def put_message(self, key: str, revision: int, value: bytes | None) -> None:
         """Take in one message as it is since `revision`; None is gone."""
@@ -129,12 +131,22 @@ class SessionState:
         else:
             self._open[generation.id] = generation
 
-    def put_call(self, call: ToolCallRow) -> None:
-        """Take in a tool call as it is now."""
+    def put_call(self, call: ToolCallRow, revision: int) -> None:
+        """Take in a tool call as it is since `revision`."""
         calls = self.calls.setdefault(call.generation_id, {})
         known = calls.get(call.id)
         self.size += _size_of(call) - (0 if known is None else _size_of(known))
         calls[call.id] = call
+        self._call_revisions[call.id] = revision
+
+    def drop_call(self, call: ToolCallRow) -> None:
+        """Forget a call that was deleted."""
+        if self.calls[call.generation_id].pop(call.id, None) is not None:
+            self.size -= _size_of(call)
+
+    def call_revision(self, key: str) -> int:
+        """Return the revision that wrote a call."""
+        return self._call_revisions[key]
 
     def calls_of(self, generation_id: str) -> list[ToolCallRow]:
         """Return the calls of a generation in the order they were asked for."""
@@ -152,6 +164,10 @@ class SessionState:
             if answering is None or not set(answering).isdisjoint(generation.message_ids):
                 return generation
         return None
+
+    def read_as_of(self, generation_id: str) -> int | None:
+        """Return the revision that wrote a generation, None if it was written since it was read."""
+        return self._read_as_of.get(generation_id)
 
     def was_written_since(self, generation_id: str, epoch: int) -> bool:
         """Whether the runner of that epoch has written the generation."""

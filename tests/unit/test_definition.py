@@ -9,6 +9,7 @@ from aidb_ray.agents.agent import create_agent
 from aidb_ray.agents.definition import AgentDefinition, durable_agent, raw_definition
 from aidb_ray.errors import ConfigError, QueryError
 from aidb_ray.expressions import eq
+from aidb_ray.models.signatures import Signature
 from aidb_ray.models.tools import Tool, declare_tool, tool
 from aidb_ray.query.builder import QueryRoot
 from aidb_ray.store.collection import Collection
@@ -47,6 +48,10 @@ class Args(BaseModel):
     a: int
 
 
+def without_implementation() -> Tool:
+    return Tool(name="add", description="", signature=Signature("add", model=Args), function=None)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
@@ -56,11 +61,7 @@ class Args(BaseModel):
         ({"name": "a*"}, "invalid_name"),
         ({"name": "x" * 600}, "invalid_name"),
         ({"tools": [make_tool(), make_tool()]}, "duplicate_tool"),
-        (
-            {"tools": [declare_tool(name="add", description="Add.", input_schema=Args)]},
-            "missing_implementation",
-        ),
-        ({"tools": [make_tool(needs_approval=True)]}, "approval_unsupported"),
+        ({"tools": [without_implementation()]}, "missing_implementation"),
         ({"stream_url": ""}, "invalid_name"),
         ({"stream_url": "support/42"}, "invalid_name"),
         ({"stream_url": "https://host/v1"}, "invalid_name"),
@@ -77,6 +78,13 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -
     with pytest.raises(ConfigError) as raised:
         define(**options)
     assert raised.value.code == code
+
+
+def test_tools_may_run_elsewhere_or_need_an_approval() -> None:
+    declared = declare_tool(name="sub", description="Subtract.", input_schema=Args)
+
+    assert define(tools=[declared, make_tool(needs_approval=True)]).tools[0].runs_elsewhere
+    assert not declared.with_implementation(lambda a: a).runs_elsewhere
 
 
 def test_sessions_default_to_those_named_after_the_agent() -> None:
