@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         UsageLimits,
         durable_agent,
     )
+    from aidb_ray.agents.delegation import AgentTool
     from aidb_ray.agents.drain import DrainLifecycle, DrainResult
     from aidb_ray.agents.replies import ReplyHandle
     from aidb_ray.chunks import replay, stream_to_collection
@@ -113,6 +114,7 @@ __all__ = [
     "Agent",
     "AgentDefinition",
     "AgentMessage",
+    "AgentTool",
     "AidbError",
     "Backoff",
     "CancelRequest",
@@ -217,6 +219,7 @@ _WHERE = {
     "Retry": "aidb_ray.agents.definition",
     "UsageLimits": "aidb_ray.agents.definition",
     "durable_agent": "aidb_ray.agents.definition",
+    "AgentTool": "aidb_ray.agents.delegation",
     "DrainLifecycle": "aidb_ray.agents.drain",
     "DrainResult": "aidb_ray.agents.drain",
     "ReplyHandle": "aidb_ray.agents.replies",

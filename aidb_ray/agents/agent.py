@@ -155,13 +155,19 @@ class Agent:
         self.database = database
         self._url = url
         self._shard_count = shards
-        # Whether it answers rows of the user's own; of one that is attached to, once that is known.
-        self._is_raw = False
+        # Both of one that is attached to only once they are known.
+        self.is_raw = False
+        self.reaches: frozenset[str] = frozenset()
         self._refs: list[ActorRef[AgentActor]] = []
         self._loops: dict[asyncio.AbstractEventLoop, _InLoop] = {}
 
     def __repr__(self) -> str:
         return f"<Agent {self.name!r}>"
+
+    @property
+    def stream_url(self) -> str | None:
+        """The session, or the pattern of sessions, it works for; None while that is not known."""
+        return self._url
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reattach, (self.database, self.name, self._url, self._shard_count)
@@ -169,7 +175,7 @@ class Agent:
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
         if definition is not None:
-            self._is_raw = definition.pending_work is not None
+            self.is_raw, self.reaches = definition.is_raw, definition.reaches
         starting = asyncio.get_running_loop().create_task(self._begin(definition, on_change))
         starting.add_done_callback(_retrieve)
         self._here().starting = starting
@@ -267,7 +273,7 @@ class Agent:
         matches a `pending_work`; see `create_agent`.
         """
         await self.ready()
-        if self._is_raw or self._url is None:
+        if self.is_raw or self._url is None:
             if session is not None:
                 named = session.url if isinstance(session, Session) else session
                 asked = [ref.ask(AgentActor.has_pending, named) for ref in self._refs]
@@ -414,7 +420,7 @@ class Agent:
         """Take these shards for the agent's, and learn from them which sessions it follows."""
         status = await running[0].with_timeout(_START_MS).ask(AgentActor.status)
         self._refs = running
-        self._is_raw = status.is_raw
+        self.is_raw, self.reaches = status.is_raw, status.reaches
         if self._url is None:
             self._url = status.stream_url
             self._listen()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aidb_ray.agents.definition import AgentDefinition
+from aidb_ray.agents.delegation import Delegate
 from aidb_ray.agents.recorder import SilenceLimit
 from aidb_ray.agents.rows import GenerationRow
 from aidb_ray.agents.session import SessionState
@@ -27,6 +28,7 @@ class Shard:
     Attributes:
         writes: Own writes of this process, on top of `view`.
         tools: The definition's, by name.
+        delegates: The agents that it may ask, by name.
         view: The rows that may be in the `pending_work`, if it has one.
     """
 
@@ -38,11 +40,13 @@ class Shard:
     silence: SilenceLimit
     runner: Runner
     tools: Mapping[str, Tool] = field(init=False)
+    delegates: Mapping[str, Delegate] = field(init=False)
     view: View | None = None
     running: int = 0
 
     def __post_init__(self) -> None:
         self.tools = {tool.name: tool for tool in self.definition.tools}
+        self.delegates = {delegate.name: delegate for delegate in self.definition.agents}
 
 
 @dataclass(frozen=True, slots=True)

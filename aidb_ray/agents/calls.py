@@ -1,4 +1,4 @@
-"""The calls of one round: their rows, running those that run here, and what others do of them."""
+"""The calls of one round: their rows, running those that run here, leaving others to others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aidb_ray.agents.cycle import AnswerCode, Call, CallDeferred, CallFinished, GoOn, Standing
+from aidb_ray.agents.delegation import make_request
 from aidb_ray.agents.parking import Waiting
-from aidb_ray.agents.rows import ToolCallRow, now_ms, now_text, time_ms
-from aidb_ray.agents.session import args_text
+from aidb_ray.agents.rows import MessageRow, ToolCallRow, now_ms, now_text, time_ms
+from aidb_ray.agents.session import args_text, round_of
 from aidb_ray.contracts import ToolCallStatus
 from aidb_ray.effects.record import WorkRecord
 from aidb_ray.errors import ConflictError, ToolError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from aidb_ray.agents.assignment import Shard
     from aidb_ray.agents.commits import Commits
     from aidb_ray.agents.definition import AgentDefinition
+    from aidb_ray.agents.delegation import Delegate
     from aidb_ray.agents.rows import GenerationRow
     from aidb_ray.agents.session import SessionState
     from aidb_ray.database import Session
@@ -57,28 +59,27 @@ class RoundCalls:
         Returns:
             What became of each call, in the order of `keys`.
         """
-        now = now_text()
-        calls = [
-            self._row_of(request, key, number, now)
-            for request, key in zip(requests, keys, strict=True)
-        ]
+        made = self._rows_of(requests, keys, number)
+        calls = [row for row in made if isinstance(row, ToolCallRow)]
+        asked = {
+            row.id: self._commits.insert("messages", row.id, row)
+            for row in made
+            if isinstance(row, MessageRow)
+        }
         commits = self._commits
         mutations: list[Mutation] = [commits.insert("tool_calls", c.id, c) for c in calls]
-        mutations.append(commits.update("generations", generation))
+        mutations += [*asked.values(), commits.update("generations", generation)]
 
         def know(revision: int) -> None:
             commits.keep(generation)
             self._know(calls, revision)
+            for key, insert in asked.items():
+                self._state.put_message(key, revision, insert.value)
 
         self._shard.flusher.check(commits.buffer)
         await commits.write(mutations, know, takes_chunks=True)
         await self._run_all([call for call in calls if call.status == ToolCallStatus.EXECUTING])
-        return [
-            CallDeferred(call.id)
-            if call.status == ToolCallStatus.PENDING
-            else CallFinished(call.id)
-            for call in calls
-        ]
+        return [CallDeferred(row.id) if _is_left(row) else CallFinished(row.id) for row in made]
 
     async def go_on(self, command: GoOn) -> list[CallFinished | CallDeferred]:
         """Answer and run calls that were found open; all that is decided is one commit.
@@ -105,8 +106,44 @@ class RoundCalls:
         await self._run_all(started)
         return [CallFinished(key) for key in (*command.answers, *command.keys)]
 
-    def _row_of(self, request: ToolCallRequest, key: str, number: int, now: str) -> ToolCallRow:
-        call = ToolCallRow(
+    def _rows_of(
+        self, requests: Sequence[ToolCallRequest], keys: Sequence[str], number: int
+    ) -> list[ToolCallRow | MessageRow]:
+        now = now_text()
+        rows: list[ToolCallRow | MessageRow] = []
+        asked = 0
+        for request, key in zip(requests, keys, strict=True):
+            delegate = self._shard.delegates.get(request.name)
+            if delegate is None:
+                rows.append(self._row_of(request, key, number, now))
+                continue
+            try:
+                rows.append(self._request_to(delegate, request, key, asked, now))
+            except ToolError as error:
+                # Nobody was asked, so it is a call that failed.
+                rows.append(_ended(self._call_of(request, key, number, now), None, error))
+            else:
+                asked += 1
+        return rows
+
+    def _request_to(
+        self, delegate: Delegate, request: ToolCallRequest, key: str, asked: int, now: str
+    ) -> MessageRow:
+        generation = self._commits.generation
+        return make_request(
+            delegate,
+            request,
+            key,
+            generation_id=generation.id,
+            agent=self._shard.definition.name,
+            path=self._state.path_of(generation.message_ids),
+            number=asked,
+            waits=self._state.waits(),
+            now=now,
+        )
+
+    def _call_of(self, request: ToolCallRequest, key: str, number: int, now: str) -> ToolCallRow:
+        return ToolCallRow(
             key,
             self._commits.generation.id,
             request.name,
@@ -119,6 +156,9 @@ class RoundCalls:
             created_at=now,
             updated_at=now,
         )
+
+    def _row_of(self, request: ToolCallRequest, key: str, number: int, now: str) -> ToolCallRow:
+        call = self._call_of(request, key, number, now)
         tool = self._shard.tools.get(request.name)
         if tool is None or not is_deferred(tool):
             return call
@@ -241,6 +281,11 @@ def make_record(
 # How calls stand, by their rows.
 
 
+def _is_left(row: ToolCallRow | MessageRow) -> bool:
+    """Whether a row of a new round is for others to answer or decide."""
+    return isinstance(row, MessageRow) or row.status == ToolCallStatus.PENDING
+
+
 def is_deferred(tool: Tool) -> bool:
     """Whether someone else must answer or decide before a call of the tool goes on."""
     return tool.runs_elsewhere or tool.needs_approval
@@ -262,6 +307,11 @@ def standings(
             is_later = state.call_revision(call.id) > written_at
             standing = "answered_elsewhere" if is_later else standing
         found.append(Call(call.id, call.round, standing))
+    for request, reply in state.requests_of(generation.id):
+        standing = "answered" if reply is not None or request.processed else "awaited"
+        if reply is not None and written_at is not None and reply.revision > written_at:
+            standing = "answered_elsewhere"
+        found.append(Call(request.id, round_of(request.id), standing))
     return found
 
 
@@ -288,14 +338,17 @@ def waiting_for(
     keys: Sequence[str],
     definition: AgentDefinition,
 ) -> Waiting:
-    """Return what a generation waits for that waits for these calls."""
+    """Return what a generation waits for that waits for these calls, some of other agents."""
     tools = {tool.name: tool for tool in definition.tools}
     until: list[int] = []
     if definition.run_timeout_ms is not None:
         until.append(time_ms(generation.created_at) + definition.run_timeout_ms)
     is_for_persons = True
     for key in keys:
-        call = state.calls[generation.id][key]
+        call = state.calls.get(generation.id, {}).get(key)
+        if call is None:
+            is_for_persons = False
+            continue
         tool = tools.get(call.name)
         if tool is None or not tool.runs_elsewhere:
             continue

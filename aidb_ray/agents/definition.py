@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from pydantic import BaseModel
 
+from aidb_ray.agents.delegation import AgentTool, Delegate, check_delegates
 from aidb_ray.contracts import AgentMessage, is_valid_name
 from aidb_ray.errors import ConfigError
 from aidb_ray.models.base import TextAdapter, adapter_fingerprint
@@ -80,6 +81,7 @@ class AgentDefinition:
     adapter: TextAdapter | None = None
     instructions: str = ""
     tools: tuple[Tool, ...] = ()
+    agents: tuple[Delegate, ...] = ()
     stream_url: str = ""
     build_messages: BuildMessages | None = None
     history: History = History()
@@ -109,6 +111,22 @@ class AgentDefinition:
         """Whether it works for every session that matches."""
         return self.stream_url.endswith("*")
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether it answers rows of the user's own, and not messages."""
+        return self.pending_work is not None
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """What the model may call: tools and other agents."""
+        return (*self.tools, *(delegate.tool for delegate in self.agents))
+
+    @property
+    def reaches(self) -> frozenset[str]:
+        """Names of the agents that it delegates to, and they in turn, as far as known."""
+        names = frozenset(delegate.name for delegate in self.agents)
+        return names.union(*(delegate.reaches for delegate in self.agents))
+
     def fingerprint(self) -> str:
         """Return a digest of what makes this agent answer as it does.
 
@@ -119,6 +137,7 @@ class AgentDefinition:
             "instructions": self.instructions,
             "adapter": None if self.adapter is None else adapter_fingerprint(self.adapter),
             "tools": sorted(tool.fingerprint() for tool in self.tools),
+            "agents": sorted(delegate.fingerprint() for delegate in self.agents),
             "stream_url": self.stream_url,
             "output": None
             if self.output_schema is None
@@ -137,6 +156,7 @@ def durable_agent(
     adapter: TextAdapter,
     instructions: str = "",
     tools: Sequence[Tool] = (),
+    agents: Sequence[AgentTool] = (),
     stream_url: str | None = None,
     build_messages: Callable[[list[AgentMessage], Any], Any] | None = None,
     history: History | None = None,
@@ -163,8 +183,13 @@ def durable_agent(
         tools: What the model may call; each call is a row. They run in the agent's process, but
             for those that run elsewhere. Calls that need an approval, or run elsewhere, have the
             generation wait, for as long as it takes and across restarts.
+        agents: Other agents that the model may ask, as it calls tools. Question and answer are
+            messages of the session, correlated by `request_id` and `in_reply_to`; while it waits
+            the generation is left alone, across restarts of either. A request that fails, or is
+            cancelled, is answered with the error. What ends this generation before its time
+            cancels what it asked.
         stream_url: One session, or a pattern ending in `*`: every session that matches, now and
-            later. Default `aidb://<name>/*`.
+            later. Default `aidb://<name>/*`. Agents it delegates to must work for them, too.
         build_messages: `(pending, ctx) -> messages` for the model; default: the history.
         history: How much of the session the model reads.
         output_schema: The reply is JSON that fits this model.
@@ -192,6 +217,7 @@ def durable_agent(
         adapter=adapter,
         instructions=instructions,
         tools=tuple(tools),
+        agents=tuple(each.to_delegate() for each in agents),
         stream_url=stream_url if stream_url is not None else f"aidb://{name}/*",
         build_messages=build_messages,
         history=history or History(),
@@ -251,7 +277,13 @@ def _check(definition: AgentDefinition) -> None:
     name = definition.name
     if not is_valid_name(name) or "/" in name or "*" in name:
         raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
-    check_tools(definition.tools)
+    check_tools(definition.offered)
+    if definition.agents and definition.is_raw:
+        raise ConfigError(
+            "Only agents over messages delegate; ask others in `generate` as you like.",
+            code="invalid_option",
+        )
+    check_delegates(name, definition.stream_url, definition.agents)
     for tool in definition.tools:
         if not tool.has_implementation and not tool.runs_elsewhere:
             raise ConfigError(

@@ -20,7 +20,7 @@ from aidb_ray.agents.rows import (
     decode_call,
     now_text,
 )
-from aidb_ray.contracts import ToolCallStatus, time_text
+from aidb_ray.contracts import CancelRequest, ToolCallStatus, time_text
 from aidb_ray.errors import (
     ConflictError,
     FencedError,
@@ -31,6 +31,7 @@ from aidb_ray.errors import (
 )
 from aidb_ray.store.changes import CHUNKS, Insert, StoredRow, Update
 from aidb_ray.store.collection import Group, current_group
+from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import MAX_REMAKES, Intent, make_mutations
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from aidb_ray.models.base import Usage
 
 logger = logging.getLogger(__name__)
+
+_cancel_codec = codec_of(CancelRequest, "id")
 
 _CLOSES: Mapping[GenerationEnding, StreamEnding] = {
     "completed": "finished",
@@ -125,8 +128,10 @@ class Ending:
                 self._commits.update("tool_calls", call, self._state.call_revision(call.id))
                 for call in self._cancelled_calls(now)
             ]
-        elif self._definition.pending_work is None:
-            reply = self._reply(end, now)
+            rows += self._cancels(end)
+        reply = self._reply(end, now)
+        # Who delegated waits for a reply in any case; others hear of a failure by the generation.
+        if reply is not None and (end.ending == "completed" or reply.request_id is not None):
             rows.append(self._commits.insert("messages", reply.id, reply))
         rows.append(self._commits.update("generations", generation))
         return generation, rows + self._answered()
@@ -137,6 +142,22 @@ class Ending:
             for call in self._state.calls_of(self._commits.generation.id)
             if not call.is_terminal
         ]
+
+    def _cancels(self, end: End) -> list[Insert]:
+        """Return what asks other agents to stop what they do for this generation."""
+        reason = f"{self._definition.name}: {end.error or end.ending}"
+        inserts: list[Insert] = []
+        for request, reply in self._state.requests_of(self._commits.generation.id):
+            if reply is None and not request.processed:
+                cancel = CancelRequest(
+                    id=f"{request.id}:cancel",
+                    agent=request.target_agent,
+                    reason=storable(reason),
+                    message_id=request.id,
+                )
+                key, value = _cancel_codec.encode("cancel_requests", cancel)
+                inserts.append(Insert(self._session, "cancel_requests", key, value))
+        return inserts
 
     def _answered(self) -> list[Insert | Update]:
         """Return the updates that stamp the answered messages."""
@@ -172,7 +193,9 @@ class Ending:
             if call.generation_id == mine:
                 self._state.put_call(call, row.revision)
 
-    def _reply(self, end: End, now: str) -> MessageRow:
+    def _reply(self, end: End, now: str) -> MessageRow | None:
+        if self._definition.pending_work is not None:
+            return None
         messages = self._state.messages
         asked = [messages[key].message for key in self._pending if key in messages]
         last = max(asked, key=lambda message: message.created_at, default=None)
@@ -180,16 +203,19 @@ class Ending:
             # After what it answers, whatever the clocks of those who wrote say.
             asked_at = datetime.fromisoformat(last.created_at)
             now = time_text(asked_at + timedelta(microseconds=1))
+        is_failure = end.ending != "completed"
         return MessageRow(
             f"{self._commits.generation.id}:reply",
             "assistant",
             self._definition.name,
             last.actor_id if last is not None else "",
-            end.text,
+            storable(end.text or end.error or end.ending) if is_failure else end.text,
             now,
             processed=True,
             generation_id=self._commits.generation.id,
+            request_id=last.request_id if last is not None else None,
             in_reply_to=last.id if last is not None else None,
+            error_code=(end.code or end.ending) if is_failure else None,
         )
 
     # What the user's code adds.

@@ -17,7 +17,14 @@ from aidb_ray.agents.calls import are_asking, is_deferred, standings
 from aidb_ray.agents.definition import AgentDefinition
 from aidb_ray.agents.parking import Parking
 from aidb_ray.agents.recorder import SilenceLimit
-from aidb_ray.agents.rows import GenerationRow, decode_generation, decode_message, now_ms, time_ms
+from aidb_ray.agents.rows import (
+    GenerationRow,
+    MessageRow,
+    decode_generation,
+    decode_message,
+    now_ms,
+    time_ms,
+)
 from aidb_ray.agents.run import GenerationRun
 from aidb_ray.agents.session import COLLECTIONS, SessionState
 from aidb_ray.chunks import ChunkFlusher
@@ -161,12 +168,16 @@ class PartitionWork:
             )
         )
         self._follow_calls()
+        await self._heard_rows()
+        self._is_started = True
+        await self._settle_orphans()
+
+    async def _heard_rows(self) -> None:
+        """Wait until the rows that were there at the start have been heard."""
         for subscription in self._subscriptions:
             await asyncio.shield(subscription.ready)
         if self.shard.view is not None:
             await self.shard.view.ready()
-        self._is_started = True
-        await self._settle_orphans()
 
     def _filter(self, collection: str) -> Filter:
         url = self._definition.stream_url
@@ -193,7 +204,8 @@ class PartitionWork:
         entries: list[tuple[str, str, int]] = []
         self._leftovers.update(row.session for row in rows)
         for row in rows:
-            due_ms = self._due_ms(row.value)
+            message = _parse_message(row.value)
+            due_ms = None if message is None else self._due_ms(message)
             if due_ms is not None:
                 entries.append((row.session, row.key, due_ms))
         self.queue.replace(entries, now_ms=now_ms())
@@ -201,29 +213,30 @@ class PartitionWork:
 
     def _hear_messages(self, changes: Sequence[Change]) -> None:
         now = now_ms()
-        queue, states = self.queue, self._states
+        queue, states, delegates = self.queue, self._states, self.shard.delegates
         for change in changes:
             session, key, value = change.session, change.key, change.value
             state = states.get(session)
             if state is not None:
                 state.put_message(key, change.revision, value)
-            due_ms = None if value is None else self._due_ms(value)
+            message = None if value is None else _parse_message(value)
+            if delegates and message is not None and self._is_reply_to_us(message):
+                self._hear_for(session, change.revision)
+            due_ms = None if message is None else self._due_ms(message)
             if due_ms is None:
                 self._discard(session, key)
             else:
                 queue.put(session, key, not_before_ms=due_ms, now_ms=now)
         self._dispatch()
 
-    def _due_ms(self, value: bytes) -> int | None:
+    def _due_ms(self, message: MessageRow) -> int | None:
         """Return when a message is due, None if it asks nothing of this agent."""
-        try:
-            message = decode_message(value)
-        except msgspec.DecodeError:
-            logger.exception("a message cannot be read and is left alone")
-            return None
         if message.processed or message.target_agent != self._definition.name:
             return None
         return time_ms(message.not_before)
+
+    def _is_reply_to_us(self, message: MessageRow) -> bool:
+        return message.request_id is not None and message.target_agent == self._definition.name
 
     def _follow_query(self) -> None:
         query = self._definition.pending_work
@@ -255,9 +268,11 @@ class PartitionWork:
 
     def _discard(self, session: str, key: str) -> None:
         """Take a row from the queue that waits no more; end what was begun for it and left."""
-        self.queue.discard(session, key)
         is_left = session in self._parking or session in self._failures
-        if not is_left or self.is_retired or self._fenced is not None:
+        ends = is_left and not self.is_retired and self._fenced is None
+        ends = ends and key in self.queue.keys(session)
+        self.queue.discard(session, key)
+        if not ends:
             return
         self._unpark(session)
         if not self.queue.keys(session) and self.queue.seize(session):
@@ -459,7 +474,8 @@ class PartitionWork:
             if not keys and found is None:
                 return
         else:
-            keys = self._waiting(session, self.queue.due_keys(session, now_ms=now_ms()), state)
+            due = self.queue.due_keys(session, now_ms=now_ms())
+            keys = self._together(self._waiting(session, due, state), state)
         if found is None and not keys:
             return
         keys = self._keys_to_answer(keys, found, state)
@@ -558,6 +574,18 @@ class PartitionWork:
         waiting = [key for key in keys if state.is_waiting(key)]
         return sorted(waiting, key=lambda key: (state.messages[key].message.created_at, key))
 
+    def _together(self, keys: list[str], state: SessionState) -> list[str]:
+        """Return which of the waiting keys, oldest first, are answered next.
+
+        A request is answered by itself, so that its reply is the answer to it and nothing else.
+        """
+        if self._definition.is_raw:
+            return keys
+        alone = [key for key in keys if state.messages[key].message.request_id is not None]
+        if alone and alone[0] == keys[0]:
+            return keys[:1]
+        return [key for key in keys if key not in alone] if alone else keys
+
     def _to_cancel(
         self,
         session: str,
@@ -578,13 +606,12 @@ class PartitionWork:
             keys = [
                 key
                 for key in self._waiting(session, self.queue.keys(session), state)
-                if (found is None or key not in found.message_ids)
-                and self._is_any_covered([key], storage, state, orders)
+                if self._is_any_covered([key], storage, state, orders)
             ]
         if not keys:
             for order in orders:
                 order.is_done = True
-        return keys, None
+        return self._together(keys, state), None
 
     def _is_any_covered(
         self,
@@ -615,7 +642,7 @@ class PartitionWork:
             self._states[session] = self._states.pop(session)
             return state
         # Known before it is read: what changes meanwhile must not be missed.
-        state = self._states[session] = SessionState(self._definition.name)
+        state = self._states[session] = SessionState(self._definition.name, self.shard.delegates)
         try:
             read = await self._client.read_session(storage, COLLECTIONS)
         except BaseException:
@@ -655,6 +682,8 @@ class PartitionWork:
     async def _carry_out_cancel(self, storage: str, request: CancelRequest, revision: int) -> None:
         """Abort what runs and end what waits; then the request is done."""
         try:
+            # What was not heard yet would not be cancelled.
+            await self._heard_rows()
             for session in self._sessions_in(storage):
                 order = _CancelOrder(request.reason or "cancelled", revision, request.message_id)
                 await self._cancel_session(session, order)
@@ -802,3 +831,11 @@ class PartitionWork:
         task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _parse_message(value: bytes) -> MessageRow | None:
+    try:
+        return decode_message(value)
+    except msgspec.DecodeError:
+        logger.exception("a message cannot be read and is left alone")
+        return None

@@ -325,11 +325,10 @@ class GenerationRun:
         if not isinstance(last, StepFinishedEvent) or not heard.is_finished:
             return None
         newest = len(generation.rounds) - 1
-        calls = self._state.calls_of(generation.id)
-        written = [call.model_call_id for call in calls if call.round == newest]
-        if heard.tool_calls and [request.id for request in heard.tool_calls] == written:
+        calls = heard.tool_calls
+        if calls and self._state.is_written(generation.id, newest, calls):
             return None
-        return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+        return RoundFinished(heard.text, tuple(calls), heard.usage)
 
     async def _follow(self, command: machine.Command) -> End | machine.Wait | None:
         """Run up to an end or a wait; None if rows have changed that it goes on from."""
@@ -417,7 +416,7 @@ class GenerationRun:
         events = stream_round(
             definition.adapter,
             [*messages, *self._repairs],
-            tools=definition.tools,
+            tools=definition.offered,
             system_prompts=(definition.instructions,) if definition.instructions else (),
             output_schema=definition.output_schema,
         )

@@ -32,6 +32,7 @@ class ShardStatus:
         fenced: Whether another runner took over.
         stream_url: The session or pattern that the agent follows, `""` for rows without one.
         is_raw: Whether it answers rows of the user's own, and not messages.
+        reaches: Names of the agents that it delegates to, and they in turn, as far as known.
     """
 
     agent: str
@@ -45,6 +46,7 @@ class ShardStatus:
     fenced: bool = False
     stream_url: str = ""
     is_raw: bool = False
+    reaches: frozenset[str] = frozenset()
 
 
 class AgentActor:
@@ -118,7 +120,8 @@ class AgentActor:
             cycles=sum(work.cycles for work in self._works),
             fenced=any(work.is_fenced for work in self._works),
             stream_url=self._definition.stream_url,
-            is_raw=self._definition.pending_work is not None,
+            is_raw=self._definition.is_raw,
+            reaches=self._definition.reaches,
         )
 
     async def run_cycle(self, session: str | None) -> bool:

@@ -81,10 +81,13 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -
 
 
 def test_tools_may_run_elsewhere_or_need_an_approval() -> None:
+    def sub(a: int) -> int:
+        return -a
+
     declared = declare_tool(name="sub", description="Subtract.", input_schema=Args)
 
     assert define(tools=[declared, make_tool(needs_approval=True)]).tools[0].runs_elsewhere
-    assert not declared.with_implementation(lambda a: a).runs_elsewhere
+    assert not declared.with_implementation(sub).runs_elsewhere
 
 
 def test_sessions_default_to_those_named_after_the_agent() -> None:
