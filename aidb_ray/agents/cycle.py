@@ -15,6 +15,7 @@ or once others have done their part, `resume` says what follows from the rows th
       ▼                           │           │
     waiting (others answer or decide) ──Resumed
     any ──Cancelled──> ended (cancelled)
+    any ──TimedOut───> ended (failed)
 """
 
 from __future__ import annotations
@@ -145,8 +146,15 @@ class Cancelled:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """It took longer than it may."""
+
+    limit_ms: int
+
+
 Event: TypeAlias = (
-    RoundFinished | OutputRefused | RoundFailed | CallFinished | CallDeferred | Cancelled
+    RoundFinished | OutputRefused | RoundFailed | CallFinished | CallDeferred | Cancelled | TimedOut
 )
 
 
@@ -207,6 +215,7 @@ TRANSITIONS: frozenset[tuple[Phase, type[Event | Resumed], Phase]] = frozenset(
         ("asking", RoundFailed, "asking"),
         ("asking", RoundFailed, "ended"),
         ("asking", Cancelled, "ended"),
+        ("asking", TimedOut, "ended"),
         ("asking", Resumed, "asking"),
         ("asking", Resumed, "ended"),
         ("calling", CallFinished, "calling"),
@@ -215,10 +224,12 @@ TRANSITIONS: frozenset[tuple[Phase, type[Event | Resumed], Phase]] = frozenset(
         ("calling", CallDeferred, "calling"),
         ("calling", CallDeferred, "waiting"),
         ("calling", Cancelled, "ended"),
+        ("calling", TimedOut, "ended"),
         ("calling", Resumed, "calling"),
         ("calling", Resumed, "waiting"),
         ("calling", Resumed, "ended"),
         ("waiting", Cancelled, "ended"),
+        ("waiting", TimedOut, "ended"),
         ("waiting", Resumed, "waiting"),
         ("waiting", Resumed, "calling"),
         ("waiting", Resumed, "asking"),
@@ -238,8 +249,8 @@ def advance(cycle: Cycle, event: Event, limits: Limits) -> tuple[Cycle, Command]
 
 def _advance(cycle: Cycle, event: Event, limits: Limits) -> tuple[Cycle, Command]:
     match event:
-        case Cancelled(reason):
-            return replace(cycle, phase="ended"), End("cancelled", error=reason)
+        case Cancelled() | TimedOut():
+            return replace(cycle, phase="ended"), end_of(event)
         case RoundFinished():
             return _finish_round(cycle, event, limits)
         case OutputRefused():
@@ -252,6 +263,15 @@ def _advance(cycle: Cycle, event: Event, limits: Limits) -> tuple[Cycle, Command
             return _after_calls(replace(cycle, awaited=cycle.awaited | {key}))
         case _:
             assert_never(event)
+
+
+def end_of(event: Cancelled | TimedOut) -> End:
+    """Return the end that cuts a generation short, wherever it stands."""
+    match event:
+        case Cancelled(reason):
+            return End("cancelled", error=reason)
+        case TimedOut(limit_ms):
+            return End("failed", error=f"It took over {limit_ms} ms.", code="run_timeout")
 
 
 def _finish_round(cycle: Cycle, event: RoundFinished, limits: Limits) -> tuple[Cycle, Command]:

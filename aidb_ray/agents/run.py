@@ -109,7 +109,7 @@ class GenerationRun:
         self._reply: Any = None
         # The task that runs it, while it may be stopped there, and how it ends once it was.
         self._stoppable: asyncio.Task[Any] | None = None
-        self._stopped: End | None = None
+        self._stopped: machine.Cancelled | machine.TimedOut | None = None
         self._unwritten: RoundFinished | None = None
         self._repairs: list[ModelMessage] = []
         self._record: tuple[int, Record] | None = None
@@ -168,21 +168,17 @@ class GenerationRun:
 
     def cancel(self, reason: str) -> None:
         """Have the generation end as cancelled, unless its end is being written already."""
-        self._stop(End("cancelled", error=reason), reason)
+        self._stop(machine.Cancelled(reason), reason)
 
-    def _stop(self, end: End, reason: str) -> None:
-        self._stopped = self._stopped or end
+    def _stop(self, why: machine.Cancelled | machine.TimedOut, reason: str) -> None:
+        self._stopped = self._stopped or why
         self.signal.abort(reason)
         task, self._stoppable = self._stoppable, None
         if task is not None:
             task.cancel()
 
-    def _time_out(self) -> None:
-        self._stop(self._took_too_long(), "run timeout")
-
-    def _took_too_long(self) -> End:
-        limit = self._definition.run_timeout_ms
-        return End("failed", error=f"It took over {limit} ms.", code="run_timeout")
+    def _time_out(self, limit_ms: int) -> None:
+        self._stop(machine.TimedOut(limit_ms), "run timeout")
 
     def _waiting(self, wait: machine.Wait) -> Waiting:
         found = self._assignment.generation or self._commits.generation
@@ -198,7 +194,7 @@ class GenerationRun:
         intents: list[Intent] = []
         timer = None
         if limit is not None:
-            timer = asyncio.get_running_loop().call_later(limit / 1000, self._time_out)
+            timer = asyncio.get_running_loop().call_later(limit / 1000, self._time_out, limit)
         try:
             outcome = await self._follow(command)
             if isinstance(outcome, End) and outcome.ending == "completed":
@@ -223,7 +219,11 @@ class GenerationRun:
 
     def _end_when_stopped(self) -> End:
         # The user's functions have the signal, too.
-        return self._stopped or End("cancelled", error=self.signal.reason)
+        return self._cut_short(self._stopped or machine.Cancelled(self.signal.reason))
+
+    def _cut_short(self, why: machine.Cancelled | machine.TimedOut) -> End:
+        self._cycle, _ = machine.advance(self._cycle, why, self._limits)
+        return machine.end_of(why)
 
     async def _begin(self) -> machine.Command:
         found = self._assignment.generation
@@ -285,13 +285,13 @@ class GenerationRun:
             is_interrupted=self._assignment.is_interrupted,
         )
         if not self._pending:
-            return End("cancelled", error="Nobody waits for it any more.")
+            return self._cut_short(machine.Cancelled("Nobody waits for it any more."))
         if isinstance(command, machine.Wait):
             limit = self._definition.run_timeout_ms
             if self.signal.is_aborted:
                 return self._end_when_stopped()
             if limit is not None and time_ms(found.created_at) + limit <= now_ms():
-                return self._took_too_long()
+                return self._cut_short(machine.TimedOut(limit))
         return command
 
     def _next_attempt(self, found: GenerationRow) -> GenerationRow:

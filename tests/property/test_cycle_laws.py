@@ -26,6 +26,7 @@ from aidb_ray.agents.cycle import (
     RoundFinished,
     RunCalls,
     Standing,
+    TimedOut,
     Wait,
     advance,
     resume,
@@ -116,7 +117,7 @@ class World:
                 self.rounds_finished += 1
             case CallFinished(key):
                 self.rows.calls[key] = "done"
-            case CallDeferred() | Cancelled():
+            case CallDeferred() | Cancelled() | TimedOut():
                 pass
         match self.command:
             case RunCalls(requests, keys):
@@ -250,7 +251,7 @@ HAPPENINGS = st.lists(
         ANSWERS,
         FAILURES,
         REFUSALS,
-        st.sampled_from(["crash", "call", "call", "answer", "approve", "reject", "cancel"]),
+        st.sampled_from(["crash", "call", "call", "answer", "approve", "reject", "cancel", "time"]),
     ),
     max_size=40,
 )
@@ -268,6 +269,8 @@ def test_it_ends_once_and_repeats_only_what_was_in_doubt(
                 world.crash()
             case "cancel":
                 world.happen(Cancelled("enough"))
+            case "time":
+                world.happen(TimedOut(50))
             case "call":
                 if phase == "calling":
                     world.call()
