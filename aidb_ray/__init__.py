@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aidb_ray.agents.delegation import AgentTool
     from aidb_ray.agents.drain import DrainLifecycle, DrainResult
     from aidb_ray.agents.replies import ReplyHandle
+    from aidb_ray.agents.worker import WorkerAgent, create_worker_agent
     from aidb_ray.chunks import replay, stream_to_collection
     from aidb_ray.contracts import (
         AgentMessage,
@@ -169,6 +170,7 @@ __all__ = [
     "UnavailableError",
     "UsageLimits",
     "WebhookError",
+    "WorkerAgent",
     "add",
     "and_",
     "answer",
@@ -181,6 +183,7 @@ __all__ = [
     "connect",
     "count",
     "create_agent",
+    "create_worker_agent",
     "divide",
     "durable_agent",
     "eq",
@@ -223,6 +226,8 @@ _WHERE = {
     "DrainLifecycle": "aidb_ray.agents.drain",
     "DrainResult": "aidb_ray.agents.drain",
     "ReplyHandle": "aidb_ray.agents.replies",
+    "WorkerAgent": "aidb_ray.agents.worker",
+    "create_worker_agent": "aidb_ray.agents.worker",
     "replay": "aidb_ray.chunks",
     "stream_to_collection": "aidb_ray.chunks",
     "AgentMessage": "aidb_ray.contracts",

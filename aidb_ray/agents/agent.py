@@ -398,6 +398,9 @@ class Agent:
         if running:
             if await self._goes_on(running, definition, on_change):
                 self._refs = running
+                if on_change == "replace" and len(running) < definition.shards:
+                    # Someone else is about to start them; whoever is first does.
+                    await self._start_all(definition)
                 return
             await asyncio.gather(
                 *(
@@ -407,6 +410,9 @@ class Agent:
                 return_exceptions=True,
             )
             await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in running))
+        await self._start_all(definition)
+
+    async def _start_all(self, definition: AgentDefinition) -> None:
         self._refs = [
             await self._start_shard(definition, index) for index in range(definition.shards)
         ]

@@ -208,7 +208,7 @@ def durable_agent(
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.
         max_running: Sessions at work at once, per shard; the others wait as queue entries.
-        ray_options: Resources of each shard, such as `num_cpus`.
+        ray_options: Resources of each shard: `num_cpus`, `num_gpus`, `resources`, `runtime_env`.
         autostart: Whether it works by itself; else only when `drain_until_idle` or
             `run_generation_cycle` is called.
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aidb_ray.agents.calls import storable
-from aidb_ray.agents.cycle import End
+from aidb_ray.agents.cycle import Cycle, End
 from aidb_ray.agents.rows import (
     GenerationRow,
     MessageRow,
@@ -71,23 +71,23 @@ class Ending:
         self._commits = commits
         self._pending = pending
 
-    async def write(self, end: End, usage: Usage, intents: Sequence[Intent]) -> None:
+    async def write(self, end: End, cycle: Cycle, intents: Sequence[Intent]) -> None:
         """Write the end, once, with what `on_response` wrote.
 
         An answer that cannot be stored fails the generation instead.
         """
         self._shard.flusher.close(self._commits.buffer)
         try:
-            await self._commit(end, usage, intents)
+            await self._commit(end, cycle, intents)
         except (RowError, ConflictError) as error:
             if end.ending != "completed" or is_of_store(error):
                 raise
             words = f"The answer cannot be stored: {error}"
-            await self._commit(End("failed", error=words, code=error.code), usage, [])
+            await self._commit(End("failed", error=words, code=error.code), cycle, [])
 
-    async def _commit(self, end: End, usage: Usage, intents: Sequence[Intent]) -> None:
+    async def _commit(self, end: End, cycle: Cycle, intents: Sequence[Intent]) -> None:
         for attempt in range(MAX_REMAKES + 1):
-            generation, rows = self._rows(end, usage)
+            generation, rows = self._rows(end, cycle)
             messages = [row for row in rows if row.collection == "messages"]
 
             def know(
@@ -112,12 +112,13 @@ class Ending:
             else:
                 return
 
-    def _rows(self, end: End, usage: Usage) -> tuple[GenerationRow, list[Insert | Update]]:
+    def _rows(self, end: End, cycle: Cycle) -> tuple[GenerationRow, list[Insert | Update]]:
         now = now_text()
         generation = msgspec.structs.replace(
             self._commits.generation,
             status=end.ending,
-            usage=to_usage_row(usage),
+            attempt=cycle.attempt,
+            usage=to_usage_row(cycle.usage),
             error=storable(end.error) or None if end.ending != "completed" else None,
             error_code=end.code or None,
             updated_at=now,

@@ -157,7 +157,7 @@ class GenerationRun:
                 return "changed"
             if isinstance(outcome, machine.Wait):
                 return self._waiting(outcome)
-            await self._ending.write(outcome, self._cycle.usage, intents)
+            await self._ending.write(outcome, self._cycle, intents)
         except asyncio.CancelledError:
             # What is on its way will be applied: whoever goes on with the rows must see it.
             await self._commits.settled()
@@ -240,6 +240,10 @@ class GenerationRun:
             is_new_attempt = self._cycle.attempt != found.attempt
             page = await self._shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
+            if is_new_attempt and page.attempt >= self._cycle.attempt:
+                # Rounds that are tried again in one process are counted with the next commit only.
+                attempt = page.attempt + 1
+                self._cycle = msgspec.structs.replace(self._cycle, attempt=attempt)
             asks = isinstance(command, machine.AskModel)
             if asks and is_new_attempt and self._definition.generate is None:
                 self._unwritten = await self._find_unwritten(found)
@@ -360,6 +364,7 @@ class GenerationRun:
         return msgspec.structs.replace(
             self._commits.generation,
             rounds=list(self._cycle.rounds),
+            attempt=self._cycle.attempt,
             interruptions=self._cycle.interruptions,
             usage=to_usage_row(self._cycle.usage),
             updated_at=now_text(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from aidb_ray import (
     Generation,
     ModelError,
     Question,
+    Retry,
     RunCancelledError,
     Tool,
     ToolCall,
@@ -26,13 +27,14 @@ from aidb_ray import (
     durable_agent,
     eq,
     reject,
+    replay,
     tool,
 )
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import declare_tool
 from aidb_ray.store.collection import Collection
-from aidb_ray.testing import CallTool, Reply, ScriptedModel
+from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel
 from tests.stores import until
 
 URL = "aidb://echo/1"
@@ -98,7 +100,9 @@ def remote(timeout_ms: int | None = None, *, needs_approval: bool = False) -> To
 
 
 async def start(
-    play: Callable[[Sequence[ModelMessage]], Reply], *tools: Tool, **options: Any
+    play: Callable[[Sequence[ModelMessage]], Reply | Awaitable[Reply]],
+    *tools: Tool,
+    **options: Any,
 ) -> Agent:
     agent = create_agent(
         durable_agent(name="echo", adapter=ScriptedModel(play), tools=tools, **options)
@@ -423,6 +427,55 @@ async def test_calls_are_followed_only_where_someone_else_may_write_them(
 
     followed = [each.filter.collection for each in db.partitions[0].client.feed._subscriptions]
     assert ("tool_calls" in followed) == waits
+
+
+async def attempts_of(db: Database) -> list[int]:
+    """Return the attempts that chunks were written in, and in the end the row's own."""
+    [generation] = await rows(db, "generations")
+    chunks = [c async for c in replay(db.session(URL).chunks, generation_id=generation.id)]
+    return [*dict.fromkeys(chunk.attempt for chunk in chunks), generation.attempt]
+
+
+async def test_a_wait_takes_no_attempt_back(db: Database) -> None:
+    failures = [ModelError("busy", retryable=True, retry_after_ms=1)]
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        return failures.pop() if failures else send_to("ann")(messages)
+
+    agent = await start(play, remote(), retry=Retry(first_pause_ms=1))
+    handle = agent.send("go", session=URL)
+    [waits] = await calls_that_wait(db)
+    await db.session(URL).tool_calls.update(waits.id, {"status": "completed", "result": "sent"})
+    await handle.reply(timeout_ms=SOON_MS)
+
+    assert await attempts_of(db) == [2, 2]
+
+
+async def test_an_attempt_after_a_crash_is_a_new_one(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aidb_ray.agents.recorder.FLUSH_CHUNKS", 1)
+    hangs = asyncio.Event()
+    failures = 0
+
+    async def play(_: Sequence[ModelMessage]) -> Reply:
+        nonlocal failures
+        failures += 1
+        if failures < 3:
+            return [Say("Let me"), ModelError("busy", retryable=True, retry_after_ms=1)]
+        if failures == 3:
+            hangs.set()
+            await asyncio.Event().wait()
+        return "Here."
+
+    agent = await start(play, retry=Retry(first_pause_ms=1))
+    agent.send("go", session=URL, message_id="m")
+    await hangs.wait()
+    await agent.aclose()
+    agent = await start(play)
+    await agent.reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+
+    assert await attempts_of(db) == [1, 2, 3, 3]
 
 
 # Questions and steps.
