@@ -41,6 +41,17 @@ if TYPE_CHECKING:
         connect,
     )
     from aidb_ray.effects.decisions import answer, approve, reject
+    from aidb_ray.effects.definition import EffectRetry, Happened
+    from aidb_ray.effects.effect import Effect
+    from aidb_ray.effects.generation import create_generation_effect
+    from aidb_ray.effects.loop import EffectStatus
+    from aidb_ray.effects.tools import (
+        RequestedCall,
+        create_tool_execution_effect,
+        make_async_tool,
+        make_durable_tool,
+        make_durable_tools,
+    )
     from aidb_ray.errors import (
         AidbError,
         CompactedError,
@@ -106,7 +117,7 @@ if TYPE_CHECKING:
         openai_text,
     )
     from aidb_ray.models.signals import Signal
-    from aidb_ray.models.tools import Tool, ToolContext, tool
+    from aidb_ray.models.tools import Tool, ToolContext, declare_tool, tool
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.query.operators import Delta
     from aidb_ray.store.collection import Change, Collection, Transaction
@@ -132,10 +143,14 @@ __all__ = [
     "Delta",
     "DrainLifecycle",
     "DrainResult",
+    "Effect",
+    "EffectRetry",
+    "EffectStatus",
     "EnvKey",
     "FencedError",
     "Generation",
     "GenerationContract",
+    "Happened",
     "History",
     "KeyExistsError",
     "KeyMissingError",
@@ -148,6 +163,7 @@ __all__ = [
     "Question",
     "Ref",
     "ReplyHandle",
+    "RequestedCall",
     "Retry",
     "RowError",
     "RunCancelledError",
@@ -183,7 +199,10 @@ __all__ = [
     "connect",
     "count",
     "create_agent",
+    "create_generation_effect",
+    "create_tool_execution_effect",
     "create_worker_agent",
+    "declare_tool",
     "divide",
     "durable_agent",
     "eq",
@@ -198,6 +217,9 @@ __all__ = [
     "lower",
     "lt",
     "lte",
+    "make_async_tool",
+    "make_durable_tool",
+    "make_durable_tools",
     "max_",
     "min_",
     "multiply",
@@ -247,6 +269,16 @@ _WHERE = {
     "answer": "aidb_ray.effects.decisions",
     "approve": "aidb_ray.effects.decisions",
     "reject": "aidb_ray.effects.decisions",
+    "create_tool_execution_effect": "aidb_ray.effects.tools",
+    "make_async_tool": "aidb_ray.effects.tools",
+    "make_durable_tool": "aidb_ray.effects.tools",
+    "make_durable_tools": "aidb_ray.effects.tools",
+    "RequestedCall": "aidb_ray.effects.tools",
+    "create_generation_effect": "aidb_ray.effects.generation",
+    "Effect": "aidb_ray.effects.effect",
+    "EffectRetry": "aidb_ray.effects.definition",
+    "Happened": "aidb_ray.effects.definition",
+    "EffectStatus": "aidb_ray.effects.loop",
     "AidbError": "aidb_ray.errors",
     "CompactedError": "aidb_ray.errors",
     "ConfigError": "aidb_ray.errors",
@@ -309,6 +341,7 @@ _WHERE = {
     "Signal": "aidb_ray.models.signals",
     "Tool": "aidb_ray.models.tools",
     "ToolContext": "aidb_ray.models.tools",
+    "declare_tool": "aidb_ray.models.tools",
     "tool": "aidb_ray.models.tools",
     "LiveQuery": "aidb_ray.query.live",
     "Delta": "aidb_ray.query.operators",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -38,6 +39,16 @@ _ISO_LENGTH = len('"2026-01-31T12:00:00.000000Z"')
 def utc_now() -> datetime:
     """Return the time now, aware, in UTC."""
     return datetime.now(UTC)
+
+
+def now_ms() -> int:
+    """Return the time now in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def time_ms(text: str | None) -> int:
+    """Return a stored time in milliseconds since 1970, 0 for none."""
+    return 0 if text is None else int(datetime.fromisoformat(text).timestamp() * 1000)
 
 
 def new_id() -> str:
@@ -177,6 +188,7 @@ class ToolCall(Row):
         reason: What whoever rejected it said.
         in_doubt: Whether a process died while it ran, so that it may have had its effect twice.
         late_result: What came after it had ended, under `late_results="mark"`.
+        wakes_agent: Whether its end is told to `agent` by a message; see `make_async_tool`.
     """
 
     id: Key
@@ -198,6 +210,7 @@ class ToolCall(Row):
     reason: str | None = None
     in_doubt: bool = False
     late_result: Any = None
+    wakes_agent: bool = False
 
 
 class Generation(Row):
@@ -365,3 +378,9 @@ DEFAULT_ROW_TYPES: Mapping[str, type[Row]] = {
     "steps": Step,
 }
 """Row types of the collections that every session has, by collection name."""
+
+TERMINAL_STATUSES: Mapping[type[Row], tuple[str, ...]] = {
+    ToolCall: tuple(each.value for each in ToolCallStatus if each.is_terminal),
+    Generation: tuple(each.value for each in GenerationStatus if each.is_terminal),
+}
+"""Statuses that a row, once it has one, keeps, by row type."""

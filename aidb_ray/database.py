@@ -7,15 +7,16 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 from uuid import uuid4
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aidb_ray.contracts import (
     AgentMessage,
@@ -33,6 +34,7 @@ from aidb_ray.errors import (
     StoreMismatchError,
     UnavailableError,
 )
+from aidb_ray.expressions import Migrate
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
 from aidb_ray.store.changes import bucket_of
@@ -104,6 +106,14 @@ class ProcessInfo:
     serving: bool
 
 
+class Closable(Protocol):
+    """What works on a database's rows and must end, or be left alone, before it closes."""
+
+    async def disconnect(self) -> None:
+        """End what cannot go on without the connection."""
+        ...
+
+
 _current: ContextVar[Database | None] = ContextVar("aidb_database", default=None)
 _open: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Database]] = WeakKeyDictionary()
 
@@ -159,8 +169,12 @@ class Database:
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
         self._agents: dict[str, Agent] = {}
+        self._effects: list[Closable] = []
+        # Of agents that others created, while somebody holds the handle.
+        self._attached_agents: WeakValueDictionary[str, Agent] = WeakValueDictionary()
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
+        self.local_turns: dict[str, asyncio.Lock] = {}
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} in {self.data_dir}>"
@@ -237,11 +251,25 @@ class Database:
 
     @overload
     def collection(
-        self, name: str, schema: None = None, *, key: str = ..., session: str | None = ...
+        self,
+        name: str,
+        schema: None = None,
+        *,
+        key: str = ...,
+        session: str | None = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
     def collection(
-        self, name: str, schema: type[R], *, key: str = ..., session: str | None = ...
+        self,
+        name: str,
+        schema: type[R],
+        *,
+        key: str = ...,
+        session: str | None = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[R]: ...
     def collection(
         self,
@@ -250,11 +278,34 @@ class Database:
         *,
         key: str = "id",
         session: str | None = None,
+        version: int = 1,
+        migrate: Migrate | None = None,
     ) -> Collection[Any]:
         """Return a collection; it exists once it has a row.
 
         Without a session it lives in the first partition. A session ending in `*` reads across
         sessions.
+
+        Args:
+            name: The collection's, 1 to 512 of the characters that need no escape in a URL.
+            schema: pydantic model, dataclass or TypedDict that rows are held to; None for dicts.
+            key: Name of the field that identifies a row.
+            session: Whose rows these are.
+            version: Of the schema, from 1. It is stored with each row that is written; rows of a
+                later version cannot be read here (`newer_schema`).
+            migrate: `migrate(fields, version)` makes of a row that an earlier version wrote one of
+                this version. It gets what is stored, under the names it is stored under (those of
+                JSON: aliases, where the type has them, for the type itself may be gone) with
+                values as in JSON, and returns a row as `insert` takes it, under the same key.
+                It runs whenever such a row is read, in whichever process reads it, so it is a
+                plain function that gives the same for the same row; what is stored changes when
+                the row is next updated. Queries see migrated rows, and so the store cannot look
+                for fields: it sends every row of the collection. Without `migrate`, rows of all
+                versions are taken to look alike.
+
+        Raises:
+            ConfigError: `invalid_name`, `invalid_schema`, `invalid_key_field`, `invalid_version`,
+                `invalid_migrate`.
         """
         if not is_valid_name(name):
             raise ConfigError(
@@ -264,7 +315,9 @@ class Database:
             )
         if session is not None:
             _check_session(session)
-        return Collection(self, name, schema, key=key, session=session)
+        return Collection(
+            self, name, schema, key=key, session=session, version=version, migrate=migrate
+        )
 
     @overload
     async def query(self, fn: Callable[[QueryRoot], SingleQuery[R]]) -> R | None: ...
@@ -287,6 +340,10 @@ class Database:
         from aidb_ray.agents.agent import attach_agent
 
         return self._agents.get(name) or attach_agent(self, name)
+
+    def find_agent(self, name: str) -> Agent | None:
+        """Return the handle that this connection has of an agent, if it has one."""
+        return self._agents.get(name) or self._attached_agents.get(name)
 
     @asynccontextmanager
     async def transaction(self, session: Session | str) -> AsyncGenerator[Transaction]:
@@ -359,10 +416,23 @@ class Database:
         """Remember an agent that was created or attached here."""
         self._agents[agent.name] = agent
 
+    def share_agent(self, agent: Agent) -> None:
+        """Give the same handle to all who ask for this agent while somebody holds it."""
+        self._attached_agents[agent.name] = agent
+
     def forget_agent(self, agent: Agent) -> None:
         """Forget an agent that was ended."""
         if self._agents.get(agent.name) is agent:
             del self._agents[agent.name]
+
+    def keep_effect(self, effect: Closable) -> None:
+        """Remember an effect that was created here, to end it with the connection."""
+        self._effects.append(effect)
+
+    def forget_effect(self, effect: Closable) -> None:
+        """Forget an effect that was ended."""
+        if effect in self._effects:
+            self._effects.remove(effect)
 
     async def aclose(self) -> None:
         """Wait for outstanding writes and disconnect; the last connection ends what it can.
@@ -392,6 +462,8 @@ class Database:
                 closing.push_async_callback(partition.aclose)
             for agent in list(self._agents.values()):
                 closing.push_async_callback(self._let_go, agent)
+            for effect in list(self._effects):
+                closing.push_async_callback(effect.disconnect)
 
     async def _let_go(self, agent: Agent) -> None:
         """End an agent that was created here, or leave it to whoever may end it later."""
@@ -405,7 +477,7 @@ class Database:
 
     async def _leave(self, holders: Holders) -> None:
         """End the stores, and the agents that were left running, if no other connection is left."""
-        holders.leave()
+        holders.leave(self)
         if holders.count:
             return
         async with holders.turn():
@@ -489,34 +561,80 @@ class Session:
 
     @overload
     def collection(
-        self, name: str, schema: None = None, *, key: str = ...
+        self,
+        name: str,
+        schema: None = None,
+        *,
+        key: str = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
-    def collection(self, name: str, schema: type[R], *, key: str = ...) -> Collection[R]: ...
     def collection(
-        self, name: str, schema: type[Any] | None = None, *, key: str = "id"
+        self,
+        name: str,
+        schema: type[R],
+        *,
+        key: str = ...,
+        version: int = ...,
+        migrate: Migrate | None = ...,
+    ) -> Collection[R]: ...
+    def collection(
+        self,
+        name: str,
+        schema: type[Any] | None = None,
+        *,
+        key: str = "id",
+        version: int = 1,
+        migrate: Migrate | None = None,
     ) -> Collection[Any]:
-        """Return a collection of this session."""
-        return self.database.collection(name, schema, key=key, session=self.url)
+        """Return a collection of this session. See `Database.collection`."""
+        return self.database.collection(
+            name, schema, key=key, session=self.url, version=version, migrate=migrate
+        )
 
 
-class _Connecting:
-    """What `connect` returns: await it, or enter it."""
+class _Connecting(Coroutine[Any, Any, "Database"]):
+    """What `connect` returns: await it, or enter it. A task may be made of it, too."""
 
-    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Database]]) -> None:
+    def __init__(self, opening: Coroutine[Any, Any, Database]) -> None:
+        # Made already, so that it warns as coroutines do if nobody ever awaits it.
         self._opening = opening
         self._database: Database | None = None
 
     def __await__(self) -> Generator[Any, None, Database]:
-        return self._opening().__await__()
+        return self._opening.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """See `Coroutine`."""
+        return self._opening.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """See `Coroutine`."""
+        return self._opening.throw(*error)
+
+    def close(self) -> None:
+        """See `Coroutine`."""
+        self._opening.close()
 
     async def __aenter__(self) -> Database:
-        self._database = await self._opening()
+        self._database = await self._opening
         return self._database
 
     async def __aexit__(self, *_: object) -> None:
         assert self._database is not None
         await self._database.aclose()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what is missing, where a `Database` is taken for granted."""
+            raise AttributeError(
+                f"connect(...) has no {name!r} before it is awaited: write `db = await "
+                f"connect(...)` or `async with connect(...) as db`.",
+                name=name,
+                obj=self,
+            )
 
 
 def connect(
@@ -561,7 +679,9 @@ def connect(
     plan = _Plan(
         address, Path(data_dir), database, partitions, durability, dict(store_options or {})
     )
-    return _Connecting(lambda: _connect(plan))
+    opening = _connect(plan)
+    opening.__qualname__ = "connect(...)"  # Of which the warning speaks.
+    return _Connecting(opening)
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,27 +695,42 @@ class _Plan:
     durability: Literal["local", "memory"]
     options: dict[str, Any]
 
+    @property
+    def home(self) -> Path:
+        """The database's own directory."""
+        return self.data_dir.absolute() / self.database
+
 
 async def _connect(plan: _Plan) -> Database:
-    cluster = None if plan.address == "local" else await connect_cluster(plan.address)
+    if plan.address == "local":
+        with _opening_here(plan):
+            return _keep_open(await _open_here(plan))
+    cluster = await connect_cluster(plan.address)
     try:
         database = await _open_database(plan, cluster)
     except BaseException:
-        if cluster is not None:
-            await cluster.close()
+        await cluster.close()
         raise
+    return _keep_open(database)
+
+
+def _keep_open(database: Database) -> Database:
+    for loop in [loop for loop in _open if loop.is_closed()]:
+        # A directory stays open in this process; all else nobody can use who does not hold it.
+        _open[loop] = [each for each in _open[loop] if each.is_local]
     _open.setdefault(asyncio.get_running_loop(), []).append(database)
     return database
 
 
-async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
-    home = plan.data_dir.absolute() / plan.database
-    if cluster is None:
-        _check_not_open_here(plan, home)
-        refs = await _start_stores(plan, home, None, is_private=True)
-        return Database(
-            plan.database, refs, data_dir=str(home), cluster=None, durability=plan.durability
-        )
+async def _open_here(plan: _Plan) -> Database:
+    refs = await _start_stores(plan, plan.home, None, is_private=True)
+    return Database(
+        plan.database, refs, data_dir=str(plan.home), cluster=None, durability=plan.durability
+    )
+
+
+async def _open_database(plan: _Plan, cluster: Cluster) -> Database:
+    home = plan.home
     holders = holders_of(plan.database) if cluster.owned else None
     async with nullcontext() if holders is None else holders.turn():
         refs = await _find_running(plan, home)
@@ -603,32 +738,53 @@ async def _open_database(plan: _Plan, cluster: Cluster | None) -> Database:
             if holders is None:
                 _check_shared_directory(plan)
             refs = await _start_stores(plan, home, cluster, is_private=holders is not None)
+        database = Database(
+            plan.database,
+            refs,
+            data_dir=str(home),
+            cluster=cluster,
+            durability=plan.durability,
+            holders=holders,
+        )
         if holders is not None:
-            holders.join()
-    return Database(
-        plan.database,
-        refs,
-        data_dir=str(home),
-        cluster=cluster,
-        durability=plan.durability,
-        holders=holders,
-    )
+            holders.join(database)
+    return database
 
 
-def _check_not_open_here(plan: _Plan, home: Path) -> None:
-    """Raise if this process has the directory open: it would wait for its own lock."""
+_opening_guard = threading.Lock()
+_opening: set[Path] = set()
+"""Directories that `"local"` connections of this process are about to open."""
+
+
+@contextmanager
+def _opening_here(plan: _Plan) -> Generator[None]:
+    """Be the only one of this process to open a directory; else it would wait for its own lock."""
     if plan.durability != "local":
+        yield
         return
-    for stack in list(_open.values()):
-        for other in stack:
-            is_on_disk = other.is_local and other.durability == "local"
-            if is_on_disk and Path(other.data_dir).resolve() == home.resolve():
-                raise StoreLockedError(
-                    f"{str(home)!r} is open in this process already. Use that connection, or close "
-                    f"it first.",
-                    pid=os.getpid(),
-                    host=socket.gethostname(),
-                )
+    home = plan.home.resolve()
+    with _opening_guard:
+        if home in _opening or _is_open_here(home):
+            raise StoreLockedError(
+                f"{str(plan.home)!r} is open in this process already. Use that connection, or "
+                f"close it first.",
+                pid=os.getpid(),
+                host=socket.gethostname(),
+            )
+        _opening.add(home)
+    try:
+        yield
+    finally:
+        with _opening_guard:
+            _opening.discard(home)
+
+
+def _is_open_here(home: Path) -> bool:
+    return any(
+        other.is_local and other.durability == "local" and Path(other.data_dir).resolve() == home
+        for stack in list(_open.values())
+        for other in stack
+    )
 
 
 def _check_shared_directory(plan: _Plan) -> None:
@@ -653,19 +809,7 @@ async def _find_running(plan: _Plan, home: Path) -> list[ActorRef[StoreActor]]:
     first = await find(StoreActor, _store_name(plan.database, 0))
     if first is None:
         return []
-    status = await first.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open)
-    _check_partitions(plan, status.partitions)
-    if status.durability != plan.durability:
-        raise ConfigError(
-            f"Database {plan.database!r} runs with durability {status.durability!r}, not "
-            f"{plan.durability!r}.",
-            code="durability_differs",
-        )
-    if plan.durability == "local" and Path(status.directory) != home / "p0":
-        raise StoreMismatchError(
-            f"Database {plan.database!r} of this cluster is in {status.directory!r}, not in "
-            f"{str(home / 'p0')!r}. Name its data_dir, or another database."
-        )
+    _check_store(plan, home, await first.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open))
     refs: list[ActorRef[StoreActor]] = [first]
     deadline = time.monotonic() + FIND_TIMEOUT_MS / 1000
     while len(refs) < plan.partitions:
@@ -684,6 +828,23 @@ async def _find_running(plan: _Plan, home: Path) -> list[ActorRef[StoreActor]]:
     return refs
 
 
+def _check_store(plan: _Plan, home: Path, status: StoreStatus) -> None:
+    """Raise unless a store that runs already is one of the database that is asked for."""
+    _check_partitions(plan, status.partitions)
+    if status.durability != plan.durability:
+        raise ConfigError(
+            f"Database {plan.database!r} runs with durability {status.durability!r}, not "
+            f"{plan.durability!r}.",
+            code="durability_differs",
+        )
+    expected = home / f"p{status.partition}"
+    if plan.durability == "local" and Path(status.directory) != expected:
+        raise StoreMismatchError(
+            f"Database {plan.database!r} of this cluster is in {status.directory!r}, not in "
+            f"{str(expected)!r}. Name its data_dir, or another database."
+        )
+
+
 async def _start_stores(
     plan: _Plan, home: Path, cluster: Cluster | None, *, is_private: bool
 ) -> list[ActorRef[StoreActor]]:
@@ -692,17 +853,32 @@ async def _start_stores(
     try:
         for option in options:
             refs.append(await _start_store(option, cluster, is_private=is_private))  # noqa: PERF401
-        await _open_all(refs)
+        # Another driver may have been faster to start them, and want another database.
+        for status in await _open_all(refs):
+            _check_store(plan, home, status)
     except BaseException:
         # A store that cannot be opened would answer later drivers under its name.
-        await asyncio.gather(*(ref.with_timeout(5_000).stop() for ref in refs))
+        await asyncio.gather(*(_give_up_store(ref, is_private=is_private) for ref in refs))
         raise
     return refs
 
 
-async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> None:
+async def _give_up_store(ref: ActorRef[StoreActor], *, is_private: bool) -> None:
+    """End a store, unless other drivers may have it: one that serves, or is being opened."""
+    ref = ref.pinned().with_timeout(5_000)
+    if not is_private:
+        try:
+            status = await ref.ask(StoreActor.status)
+        except UnavailableError:
+            return
+        if status.state != "recovering" or not status.problem:
+            return
+    await ref.stop()
+
+
+async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> list[StoreStatus]:
     opening = (ref.with_timeout(OPEN_TIMEOUT_MS).ask(StoreActor.open) for ref in refs)
-    await asyncio.gather(*opening)
+    return await asyncio.gather(*opening)
 
 
 def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:

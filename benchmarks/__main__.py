@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aidb_ray import AidbError, ConfigError
-from benchmarks import chunks, latency, queries, recovery, replay, rows, tools, turns
+from benchmarks import cancel, chunks, latency, queries, recovery, replay, rows, tools, turns
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -30,6 +30,7 @@ from benchmarks.harness import (
 BENCHMARKS: dict[str, Benchmark[Any]] = {
     "rows": Benchmark(rows.measure, rows.FULL, rows.QUICK),
     "latency": Benchmark(latency.measure, latency.FULL, latency.QUICK),
+    "cancel": Benchmark(cancel.measure, cancel.FULL, cancel.QUICK),
     "turns": Benchmark(turns.measure, turns.FULL, turns.QUICK),
     "tools": Benchmark(tools.measure, tools.FULL, tools.QUICK),
     "chunks": Benchmark(chunks.measure, chunks.FULL, chunks.QUICK),

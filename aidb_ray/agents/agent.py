@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from functools import partial
+from typing import Any, TypeVar, overload
+
+import msgspec
 
 from aidb_ray.agents.definition import AgentDefinition, raw_definition
 from aidb_ray.agents.drain import DrainLifecycle, DrainResult, run_drain
 from aidb_ray.agents.replies import Replies, ReplyHandle
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.agents.shard import AgentActor, ShardStatus
-from aidb_ray.contracts import CancelRequest, new_id
+from aidb_ray.agents.startup import RETIRE_MS, OnChange, find_shards, start_shards
+from aidb_ray.contracts import AgentMessage, CancelRequest, new_id
 from aidb_ray.database import Database, ProcessInfo, Session, current_database
 from aidb_ray.errors import (
     AidbError,
     ConfigError,
+    ConflictError,
     KeyExistsError,
     NotReadyError,
     UnavailableError,
@@ -25,19 +32,16 @@ from aidb_ray.errors import (
 from aidb_ray.models.base import TextAdapter
 from aidb_ray.models.tools import Tool
 from aidb_ray.query.builder import Query, QueryRoot
-from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
-from aidb_ray.store.changes import Filter
+from aidb_ray.runtime import ActorRef
+from aidb_ray.store.changes import Filter, Insert
 from aidb_ray.store.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 
 W = TypeVar("W")
-OnChange = Literal["replace", "attach", "error"]
-RETIRE_MS = 60_000
 DRAIN_MS = 25_000
 HEADROOM_MS = 1_000
 _STATUS_MS = 2_000
-_START_MS = 120_000
 
 
 @overload
@@ -119,8 +123,8 @@ def attach_agent(database: Database, name: str) -> Agent:
     Once `ready()` was awaited it knows the agent's session, if that is only one; before, `send`
     and `collections` need to be told.
     """
-    agent = Agent(database, name, None, 0)
-    agent.begin(None, "attach")
+    agent = _handle_of(database, name, None, 0)
+    agent.attach()
     return agent
 
 
@@ -139,15 +143,25 @@ class AgentCollections:
 class _InLoop:
     """What a handle has in one event loop: its start, and the replies by partition."""
 
+    closing: weakref.finalize[..., Agent] = field(init=False)
     starting: asyncio.Task[None] | None = None
     replies: dict[int, Replies] = field(default_factory=dict[int, Replies])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it could not start."""
+        starting = self.starting
+        if starting is None or not starting.done():
+            return False
+        return starting.cancelled() or starting.exception() is not None
 
 
 class Agent:
     """A running agent. Light; it pickles, and attaches where it arrives.
 
     A handle may be used in several event loops, one after the other, as by tasks that each call
-    `asyncio.run`; each attaches anew. A `ReplyHandle` is of the loop that sent.
+    `asyncio.run`; each attaches anew. A `ReplyHandle` is of the loop that sent. Replies are heard
+    while anyone holds the handle, or one of its `ReplyHandle`s.
     """
 
     def __init__(self, database: Database, name: str, url: str | None, shards: int) -> None:
@@ -170,7 +184,7 @@ class Agent:
         return self._url
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reattach, (self.database, self.name, self._url, self._shard_count)
+        return _handle_of, (self.database, self.name, self._url, self._shard_count)
 
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
@@ -182,10 +196,18 @@ class Agent:
         if self._url is not None:
             self._listen()
 
+    def attach(self) -> None:
+        """Look for the shards in the background, unless that was done in this event loop."""
+        here = self._here()
+        if here.starting is None or here.has_failed:
+            self.begin(None, "attach")
+
     async def ready(self) -> None:
         """Wait until every shard is at work.
 
         Raises:
+            ConfigError: what the adapter needs is missing where the agent runs, such as its key
+                (`missing_api_key`). Messages wait.
             AidbError: it could not start; every awaited method raises the same.
         """
         here = self._here()
@@ -226,9 +248,16 @@ class Agent:
         """Write a user's message to the agent and return a handle of its answer; returns at once.
 
         With a `message_id` that exists, nothing is written and the handle waits for, or finds,
-        the answer to that message; so a script may be run again. Without a `session` it goes to
-        the agent's one, see `collections`.
+        the answer to that message; so a script may be run again. If that message is another one,
+        by content, author or target, `reply()` and `sent` raise `ConflictError` with the code
+        `message_differs`. Without a `session` it goes to
+        the agent's one, see `collections`. Further `fields` are those of `AgentMessage`.
+
+        Raises:
+            TypeError: it has no such field; nothing was written.
         """
+        if not fields.keys() <= AgentMessage.model_fields.keys():
+            raise _unknown_keywords(fields)
         url = self._url_of(session)
         replies = self._listen_in(url)
         row = {
@@ -239,21 +268,44 @@ class Agent:
             "content": text,
             **fields,
         }
+        messages = self.database.session(url).messages
         try:
-            sent = self.database.session(url).messages.insert(row)
+            sent = messages.insert(row)
         except KeyExistsError:
-            # It is on its way already.
-            writes = self.database.site_of(url).writes
-            owner = writes.latest_owner((url, "messages", str(row["id"])))
-            sent = owner if isinstance(owner, Transaction) else None
+            sent = self._sent_before(url, row, messages.get(row["id"]))
+        else:
+            sent.explain = partial(self._compare, url, row)
         starting = self._here().starting
-        return ReplyHandle(self.database, replies, url, str(row["id"]), sent, starting)
+        return ReplyHandle(self, replies, url, str(row["id"]), sent, starting)
+
+    def _sent_before(
+        self, url: str, row: Mapping[str, Any], shown: AgentMessage | None
+    ) -> Transaction | None:
+        """Return the write of a message that this process knows; None if it is durable."""
+        site, key = self.database.site_of(url), str(row["id"])
+        stored = {} if shown is None else shown.model_dump(mode="json", by_alias=True)
+        if _is_same(row, stored):
+            owner = site.writes.latest_owner((url, "messages", key))
+            return owner if isinstance(owner, Transaction) else None
+        refused = Transaction(url, [Insert(url, "messages", key, b"")], site.client, site.writes)
+        refused.settle(0, _differs(key, stored))
+        return refused
+
+    async def _compare(self, url: str, row: Mapping[str, Any], error: Exception) -> None:
+        """Raise if the message that a refused one met in the store is another one."""
+        if not isinstance(error, KeyExistsError):
+            return
+        found = await self.database.site_of(url).client.find(url, "messages", error.key)
+        if found is not None:
+            stored = msgspec.json.decode(found.value, type=dict[str, Any])
+            if not _is_same(row, stored):
+                raise _differs(error.key, stored, found.revision)
 
     def reply_to(self, message_id: str, *, session: Session | str | None = None) -> ReplyHandle:
         """Return the handle of a message that was written before, here or elsewhere."""
         url = self._url_of(session)
         replies, starting = self._listen_in(url), self._here().starting
-        return ReplyHandle(self.database, replies, url, message_id, None, starting)
+        return ReplyHandle(self, replies, url, message_id, None, starting)
 
     async def cancel(self, *, session: Session | str | None = None, reason: str = "") -> None:
         """Ask the agent to stop what it does in a session, durably; returns when that is written.
@@ -346,7 +398,7 @@ class Agent:
     async def status(self) -> list[ShardStatus]:
         """Return how each shard is doing."""
         await self.ready()
-        return list(await asyncio.gather(*(ref.ask(AgentActor.status) for ref in self._refs)))
+        return list(await asyncio.gather(*(_status(ref) for ref in self._refs)))
 
     async def processes(self) -> list[ProcessInfo]:
         """Return the processes of the shards; those that do not answer are not serving."""
@@ -366,9 +418,8 @@ class Agent:
         """End the agent: what runs stops where it is, and a later runner goes on with it."""
         await self.detach()
         await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in self._refs))
-        shards = _local_shards(self.database)
-        if shards.get(self.name) == self._refs:
-            del shards[self.name]
+        if self.database.local_shards.get(self.name) == self._refs:
+            del self.database.local_shards[self.name]
         self.database.forget_agent(self)
 
     async def detach(self) -> None:
@@ -383,99 +434,14 @@ class Agent:
     # Starting.
 
     async def _begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
-        running = [] if self.database.is_local else await self._find_running()
-        local = _local_shards(self.database).get(self.name)
-        if local is not None:
-            running = list(local)
-        if definition is None:
-            if not running:
-                raise ConfigError(
-                    f"No agent {self.name!r} runs in database {self.database.name!r}.",
-                    code="agent_missing",
-                )
-            await self._adopt(running)
+        if definition is not None:
+            self._refs = await start_shards(self.database, definition, on_change)
             return
-        if running:
-            if await self._goes_on(running, definition, on_change):
-                self._refs = running
-                if on_change == "replace" and len(running) < definition.shards:
-                    # Someone else is about to start them; whoever is first does.
-                    await self._start_all(definition)
-                return
-            await asyncio.gather(
-                *(
-                    ref.with_timeout(RETIRE_MS + 10_000).ask(AgentActor.retire, RETIRE_MS)
-                    for ref in running
-                ),
-                return_exceptions=True,
-            )
-            await asyncio.gather(*(ref.with_timeout(RETIRE_MS).stop() for ref in running))
-        await self._start_all(definition)
-
-    async def _start_all(self, definition: AgentDefinition) -> None:
-        self._refs = [
-            await self._start_shard(definition, index) for index in range(definition.shards)
-        ]
-        if self.database.is_local:
-            _local_shards(self.database)[self.name] = self._refs
-        await asyncio.gather(
-            *(ref.with_timeout(_START_MS).ask(AgentActor.ready) for ref in self._refs)
-        )
-
-    async def _adopt(self, running: list[ActorRef[AgentActor]]) -> None:
-        """Take these shards for the agent's, and learn from them which sessions it follows."""
-        status = await running[0].with_timeout(_START_MS).ask(AgentActor.status)
-        self._refs = running
+        self._refs, status = await find_shards(self.database, self.name)
         self.is_raw, self.reaches = status.is_raw, status.reaches
         if self._url is None:
             self._url = status.stream_url
             self._listen()
-
-    async def _find_running(self) -> list[ActorRef[AgentActor]]:
-        found: list[ActorRef[AgentActor]] = []
-        while True:
-            ref = await find(AgentActor, self._actor_name(len(found)))
-            if ref is None:
-                return found
-            found.append(ref)
-
-    async def _goes_on(
-        self,
-        running: list[ActorRef[AgentActor]],
-        definition: AgentDefinition,
-        on_change: OnChange,
-    ) -> bool:
-        """Whether the running agent is the one that was meant, or shall stay."""
-        try:
-            status = await running[0].ask(AgentActor.status)
-        except UnavailableError:
-            # It is being restarted, with the definition it had.
-            return on_change == "attach"
-        if status.fenced:
-            # Another one took over and has gone: nobody works any more.
-            return False
-        if status.fingerprint == definition.fingerprint() or on_change == "attach":
-            return True
-        if on_change == "error":
-            raise ConfigError(
-                f"Agent {self.name!r} runs with another definition. Create it with "
-                f"on_change='replace', or attach to it with db.agent({self.name!r}).",
-                code="agent_exists",
-            )
-        return False
-
-    async def _start_shard(self, definition: AgentDefinition, index: int) -> ActorRef[AgentActor]:
-        database = self.database
-        if database.is_local:
-            return LocalRef(AgentActor(database, definition, index))
-        owned = database.cluster is not None and database.cluster.owned
-        options = ActorOptions(
-            name=self._actor_name(index), detached=not owned, **dict(definition.ray_options)
-        )
-        return await spawn(AgentActor, options, database, definition, index)
-
-    def _actor_name(self, index: int) -> str:
-        return f"aidb/{self.database.name}/agent/{self.name}/{index}"
 
     # Inside.
 
@@ -485,8 +451,10 @@ class Agent:
         found = self._loops.get(loop)
         if found is None:
             for gone in [other for other in self._loops if other.is_closed()]:
-                del self._loops[gone]
+                self._loops.pop(gone).closing.detach()
             found = self._loops[loop] = _InLoop()
+            found.closing = weakref.finalize(self, _close_in, loop, found.replies)
+            found.closing.atexit = False
         return found
 
     def _one_session(self) -> str:
@@ -578,10 +546,37 @@ class AgentInSession:
         return await self.agent.drain_until_idle(session=self.url, **options)
 
 
-def _local_shards(database: Database) -> dict[str, list[ActorRef[AgentActor]]]:
-    """Return the shards that run in this process, which no name service knows."""
-    shards: dict[str, list[ActorRef[AgentActor]]] = database.local_shards
-    return shards
+async def _status(ref: ActorRef[AgentActor]) -> ShardStatus:
+    try:
+        return await ref.ask(AgentActor.status)
+    except UnavailableError:
+        # It may have been replaced, of which the address hears now; then it finds the next one.
+        return await ref.ask(AgentActor.status)
+
+
+def _is_same(row: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether a stored message (wire names) says the same of the same author to the same agent."""
+    named = (("content", "content"), ("actor_id", "actorId"), ("target_agent", "targetAgent"))
+    return all(row[name] == stored.get(wire) for name, wire in named)
+
+
+def _differs(key: str, stored: dict[str, Any], revision: int = 0) -> ConflictError:
+    return ConflictError(
+        f"There is a message {key!r} already, and it is another one. Choose another message_id; "
+        f"reply_to({key!r}) waits for the answer to that one.",
+        code="message_differs",
+        collection="messages",
+        key=key,
+        current=stored,
+        revision=revision,
+    )
+
+
+def _unknown_keywords(given: Mapping[str, Any]) -> TypeError:
+    unknown = ", ".join(repr(name) for name in given if name not in AgentMessage.model_fields)
+    own = ("session", "actor_id", "message_id")
+    allowed = ", ".join(dict.fromkeys((*own, *AgentMessage.model_fields)))
+    return TypeError(f"send() does not take {unknown}; besides the text it takes {allowed}.")
 
 
 def _retrieve(starting: asyncio.Task[None]) -> None:
@@ -589,13 +584,22 @@ def _retrieve(starting: asyncio.Task[None]) -> None:
         logger.error("an agent could not start: %s", error)
 
 
-_attached: dict[tuple[int, str], Agent] = {}
+def _handle_of(database: Database, name: str, url: str | None, shards: int) -> Agent:
+    """Return this process's handle of an agent: each would listen for replies by itself."""
+    agent = database.find_agent(name)
+    if agent is None:
+        agent = Agent(database, name, url, shards)
+        database.share_agent(agent)
+    return agent
 
 
-def _reattach(database: Database, name: str, url: str | None, shards: int) -> Agent:
-    # One handle per process: each would listen for replies by itself.
-    place = (id(database), name)
-    found = _attached.get(place)
-    if found is None:
-        found = _attached[place] = Agent(database, name, url, shards)
-    return found
+def _close_in(loop: asyncio.AbstractEventLoop, replies: dict[int, Replies]) -> None:
+    """Close what an agent that is gone listened to, in the event loop where it did."""
+
+    def close() -> None:
+        for each in replies.values():
+            each.close()
+
+    # Garbage is collected anywhere: amid the feed's work, or in another thread.
+    with suppress(RuntimeError):  # The loop was closed, and all in it has ended.
+        loop.call_soon_threadsafe(close)

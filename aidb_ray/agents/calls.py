@@ -233,6 +233,7 @@ class RoundCalls:
             attempt=call.attempt,
             session=make_session(self._shard, self._session),
             generation_id=call.generation_id,
+            agent=self._shard.definition.name,
             record=make_record(
                 self._shard, self._session, self._commits, call.id, is_first=call.attempt == 1
             ),

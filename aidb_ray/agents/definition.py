@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from aidb_ray.agents.delegation import AgentTool, Delegate, check_delegates
 from aidb_ray.contracts import AgentMessage, is_valid_name
 from aidb_ray.errors import ConfigError
-from aidb_ray.models.base import TextAdapter, adapter_fingerprint
+from aidb_ray.models.base import TextAdapter, adapter_fingerprint, check_adapter
 from aidb_ray.models.tools import Tool, check_tools
 from aidb_ray.query.builder import Query, build, only_source
 
@@ -21,6 +21,7 @@ BuildMessages: TypeAlias = Callable[[list[Any], Any], Any]
 Generate: TypeAlias = Callable[[Any], Any]
 OnResponse: TypeAlias = Callable[[Any, list[Any]], Any]
 InDoubt: TypeAlias = Literal["retry", "fail", "park"]
+OnCrash: TypeAlias = Literal["retry", "continue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Retry:
     longest_pause_ms: int = 30_000
     max_interruptions: int = 10
 
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_attempts", "max_interruptions", least=1)
+        _check_bounds(self, "first_pause_ms", "longest_pause_ms", least=0)
+
     def pause_ms(self, failures: int, *, asked_ms: int | None, jitter: float) -> int:
         """Return the pause after so many failures; `jitter` is between 0 and 1."""
         pause = min(self.first_pause_ms << min(failures - 1, 16), self.longest_pause_ms)
@@ -57,6 +62,9 @@ class UsageLimits:
     max_total_tokens: int | None = None
     max_tool_calls: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_total_tokens", "max_tool_calls", least=0, may_be_none=True)
+
 
 @dataclass(frozen=True, slots=True)
 class History:
@@ -68,6 +76,23 @@ class History:
     """
 
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bounds(self, "max_tokens", least=0, may_be_none=True)
+
+
+def _check_bounds(of: object, *names: str, least: int, may_be_none: bool = False) -> None:
+    """Raise if one of these fields is not a whole number of `least` or more."""
+    for name in names:
+        value = getattr(of, name)
+        if value is None and may_be_none:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            none = " or None" if may_be_none else ""
+            raise ConfigError(
+                f"{name} is a whole number, {least} or more{none}, not {value!r}.",
+                code="invalid_bound",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +115,9 @@ class AgentDefinition:
     retry: Retry = Retry()
     usage_limits: UsageLimits = UsageLimits()
     run_timeout_ms: int | None = None
-    idle_timeout_ms: int = 60_000
+    idle_timeout_ms: int | None = 60_000
     on_in_doubt: InDoubt = "retry"
-    on_crash: Literal["retry"] = "retry"
+    on_crash: OnCrash = "retry"
     version: str | None = None
     shards: int = 1
     max_running: int = 256
@@ -165,9 +190,9 @@ def durable_agent(
     retry: Retry | None = None,
     usage_limits: UsageLimits | None = None,
     run_timeout_ms: int | None = None,
-    idle_timeout_ms: int = 60_000,
+    idle_timeout_ms: int | None = 60_000,
     on_in_doubt: InDoubt = "retry",
-    on_crash: Literal["retry"] = "retry",
+    on_crash: OnCrash = "retry",
     version: str | None = None,
     shards: int = 1,
     max_running: int = 256,
@@ -198,13 +223,22 @@ def durable_agent(
         usage_limits: Bounds of one generation.
         run_timeout_ms: Bound on the work on one generation in this process, and on its age while
             it waits for others.
-        idle_timeout_ms: Longest silence of a model, that before its first event included.
+        idle_timeout_ms: Longest silence of a model, that before its first event included; None
+            is without bound. A stream that does not end when it is cancelled for it is cancelled
+            again for 5 s, then left behind.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
             again under the same idempotency key, answer it with an error, or leave the session
             alone until it is decided. Whoever decides writes the call's row: a terminal `status`
             with `result` or `error`, or `approval`, as `approve` and `reject` do: `approved` has
             it run again once, `rejected` answers it with an error.
-        on_crash: A model round that was interrupted starts again, as a new attempt.
+        on_crash: What becomes of a model round whose process died in the middle. Both ways it is
+            a new attempt. `"retry"` asks again from the start of the round. `"continue"` gives the
+            model what it had said, as far as that is stored, as a last assistant message, and the
+            round's text is that and what comes; reasoning and calls that it had begun are dropped.
+            The provider must take a last assistant message for the beginning of its own answer
+            (prefill) and send only the rest, by itself, as llama.cpp's server does, or when asked
+            to, see `prefill` of `openai_text`. One that answers anew, as OpenAI's own models do,
+            would say things twice. Where nothing is stored, as `"retry"`.
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.
         max_running: Sessions at work at once, per shard; the others wait as queue entries.
@@ -277,6 +311,8 @@ def _check(definition: AgentDefinition) -> None:
     name = definition.name
     if not is_valid_name(name) or "/" in name or "*" in name:
         raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
+    if definition.adapter is not None or definition.generate is None:
+        check_adapter(definition.adapter)
     check_tools(definition.offered)
     if definition.agents and definition.is_raw:
         raise ConfigError(
@@ -306,10 +342,21 @@ def _check(definition: AgentDefinition) -> None:
             "pattern of sessions or leave shards=1.",
             code="invalid_shards",
         )
-    if definition.max_running < 1 or definition.max_iterations < 1:
-        raise ConfigError("max_running and max_iterations are 1 or more.", code="invalid_bound")
+    _check_bounds(definition, "max_running", "max_iterations", least=1)
+    _check_bounds(definition, "run_timeout_ms", "idle_timeout_ms", least=1, may_be_none=True)
     if definition.on_in_doubt not in ("retry", "fail", "park"):
         raise ConfigError(
             f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",
+            code="invalid_option",
+        )
+    if definition.on_crash not in ("retry", "continue"):
+        raise ConfigError(
+            f"on_crash is 'retry' or 'continue', not {definition.on_crash!r}.",
+            code="invalid_option",
+        )
+    if definition.on_crash == "continue" and definition.generate is not None:
+        raise ConfigError(
+            "on_crash='continue' is for agents that ask their adapter; what `generate` of your own "
+            "has done is kept with ctx.step().",
             code="invalid_option",
         )

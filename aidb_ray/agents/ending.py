@@ -22,6 +22,7 @@ from aidb_ray.agents.rows import (
 )
 from aidb_ray.contracts import CancelRequest, ToolCallStatus, time_text
 from aidb_ray.errors import (
+    AidbError,
     ConflictError,
     FencedError,
     KeyMissingError,
@@ -241,7 +242,7 @@ class Ending:
             if is_of_store(error):
                 raise
             logger.exception("on_response failed", extra={"session": self._session})
-            return End("failed", error=in_words(error), code="agent_error")
+            return End("failed", error=in_words(error), code=code_of(error))
         finally:
             current_group.reset(token)
         return group.intents
@@ -276,6 +277,11 @@ def to_usage_row(usage: Usage) -> UsageRow | None:
 def in_words(error: Exception) -> str:
     """Return an error of the user's code as rows keep it."""
     return f"{type(error).__name__}: {error}"
+
+
+def code_of(error: Exception) -> str:
+    """Return the code for what the user's functions or the adapter raised."""
+    return error.code if isinstance(error, AidbError) else "agent_error"
 
 
 def is_of_store(error: Exception) -> bool:

@@ -251,8 +251,9 @@ class PartitionWork:
         )
 
     def _hear_query(self, events: Sequence[RowEvent]) -> None:
-        names = [source.name for source in self._pipeline.inputs]
-        for delta in self._pipeline.advance(to_changes(names, events)):
+        (source,) = self._pipeline.inputs
+        changes = to_changes([source.name], source.source, events)
+        for delta in self._pipeline.advance(changes):
             place = storage, key = delta.key
             known = self._pending_rows.pop(place, None)
             group = None if delta.op == "exit" else self._group_of(delta.row, storage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, cast
@@ -15,7 +16,12 @@ from aidb_ray.models.round import Round
 if TYPE_CHECKING:
     from ag_ui.core import Event
 
+logger = logging.getLogger(__name__)
+
 _TICKS = 8
+MAX_CANCELS = 5
+CANCEL_PAUSE_MS = 1_000
+"""How often a stream that shall end is cancelled, and how long it may take each time."""
 
 
 class Recorder:
@@ -30,98 +36,139 @@ class Recorder:
     async def record(self, events: AsyncIterator[Event]) -> Round:
         """Keep every event of a stream as a chunk; returns what they add up to.
 
+        Silence, and cancelling whoever waits, cancel the stream until it ends, for up to 5 s. One
+        that ignores even that is left behind: it is logged, and nothing it says is kept.
+
         Raises:
             ModelError: the stream said that it failed, or nothing for too long.
             AidbError: chunks could not be written.
         """
         heard = Round()
-        async with aclosing(cast("AsyncGenerator[Event]", events)) as stream:
-            listening = self._silence.begin(self._buffer)
-            try:
-                await self._take_in(stream, heard)
-            except asyncio.CancelledError:
-                if listening.was_silent():
-                    limit_ms = self._silence.limit_ms
-                    words = f"The model was silent for {limit_ms} ms."
-                    raise ModelError(words, code="idle_timeout", retryable=True) from None
-                raise
-            finally:
-                self._silence.end(listening)
+        listening = self._silence.begin(self._buffer)
+        # A task of its own, or a stream that does not end could not be left behind.
+        stream = asyncio.create_task(self._take_in(events, heard, listening))
+        stream.add_done_callback(listening.stop)
+        is_silent = False
+        try:
+            await listening.over
+            is_silent = not stream.done()
+        finally:
+            self._silence.end(listening)
+            await _end(stream, listening)
+        if is_silent and (not stream.done() or stream.cancelled()):
+            words = f"The model was silent for {self._silence.limit_ms} ms."
+            raise ModelError(words, code="idle_timeout", retryable=True)
+        stream.result()
         if heard.error is not None:
             raise ModelError(heard.error, retryable=True, code="run_error")
         return heard
 
-    async def _take_in(self, stream: AsyncIterator[Event], heard: Round) -> None:
+    async def _take_in(
+        self, events: AsyncIterator[Event], heard: Round, listening: _Listening
+    ) -> None:
         # Runs once a token. Nearly all are fragments of text, which need no more than two lists.
         encoder, buffer, flusher = self._encoder, self._buffer, self._flusher
         bare_text, hear_text, keep_text = encoder.bare_text, heard.add_text, buffer.add_text
         count = 0
-        async for event in stream:
-            text = bare_text(event)
-            if text is None:
-                heard.add(event)
-                buffer.add(*encoder.encode(event))
-            else:
-                hear_text(text)
-                keep_text(text)
-            count += 1
-            if count >= FLUSH_CHUNKS:
-                count = 0
-                flusher.check(buffer)
-                flusher.flush(buffer)
+        async with aclosing(cast("AsyncGenerator[Event]", events)) as stream:
+            async for event in stream:
+                if listening.is_left_behind:
+                    return
+                text = bare_text(event)
+                if text is None:
+                    heard.add(event)
+                    buffer.add(*encoder.encode(event))
+                else:
+                    hear_text(text)
+                    keep_text(text)
+                count += 1
+                if count >= FLUSH_CHUNKS:
+                    count = 0
+                    flusher.check(buffer)
+                    flusher.flush(buffer)
+
+
+async def _end(stream: asyncio.Task[None], listening: _Listening) -> None:
+    """Cancel a stream until it has ended, or leave it behind; does nothing if it has.
+
+    Whoever waits may be cancelled, and again: it is told so afterwards.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    for _ in range(MAX_CANCELS):
+        if stream.done():
+            break
+        stream.cancel()
+        try:
+            await asyncio.wait([stream], timeout=CANCEL_PAUSE_MS / 1000)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if not stream.done():
+        listening.is_left_behind = True
+        _left_behind.add(stream)
+        stream.add_done_callback(_note_end)
+        logger.error("a model's stream ignores that it is cancelled and is left behind: %r", stream)
+    elif not stream.cancelled():
+        # If nobody is told, it must not be "never retrieved".
+        stream.exception()
+    if cancelled is not None:
+        raise cancelled
+
+
+_left_behind: set[asyncio.Task[None]] = set()
+
+
+def _note_end(stream: asyncio.Task[None]) -> None:
+    _left_behind.discard(stream)
+    error = None if stream.cancelled() else stream.exception()
+    logger.warning("a stream that was left behind has ended: %r", error)
 
 
 class _Listening:
-    """One stream that is listened to, by the task that made this."""
+    """One stream that is listened to.
 
-    __slots__ = ("_cancelling", "_is_ended", "_quiet_ticks", "_seen", "_task", "buffer")
+    Attributes:
+        over: Done when it has ended, or was silent for too long.
+        is_left_behind: Whether nobody listens to it any more, though it goes on.
+    """
+
+    __slots__ = ("_quiet_ticks", "_seen", "buffer", "is_left_behind", "over")
 
     def __init__(self, buffer: ChunkBuffer) -> None:
-        task = asyncio.current_task()
-        assert task is not None
         self.buffer = buffer
-        self._task = task
-        self._cancelling = task.cancelling()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.is_left_behind = False
         self._seen = buffer.next_index
         self._quiet_ticks = 0
-        self._is_ended = False
 
     def look(self) -> None:
-        """End the stream if nothing was said since the last few looks."""
+        """Stop listening if nothing was said since the last few looks."""
         if self.buffer.next_index != self._seen:
             self._seen, self._quiet_ticks = self.buffer.next_index, 0
             return
         self._quiet_ticks += 1
-        if self._quiet_ticks > _TICKS and not self._is_ended:
-            self._is_ended = True
-            self._task.cancel()
+        if self._quiet_ticks > _TICKS:
+            self.stop()
 
-    def was_silent(self) -> bool:
-        """Whether the task was cancelled for silence, and for nothing else."""
-        return self.settle() <= self._cancelling
-
-    def settle(self) -> int:
-        """Take back the cancellation, if there is one; returns how many others there are."""
-        if not self._is_ended:
-            return self._cancelling + 1
-        self._is_ended = False
-        return self._task.uncancel()
+    def stop(self, _: object = None) -> None:
+        """Listen no more."""
+        if not self.over.done():
+            self.over.set_result(None)
 
 
 class SilenceLimit:
-    """Ends streams that say nothing for `limit_ms`, or up to a quarter longer.
+    """Tells of streams that say nothing for `limit_ms`, or up to a quarter longer; None is never.
 
     One timer looks at all streams of a process now and then: moving a timeout at every event
     would cost more than the event.
     """
 
-    def __init__(self, limit_ms: int) -> None:
+    def __init__(self, limit_ms: int | None) -> None:
         self.limit_ms = limit_ms
         self._listening: dict[_Listening, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, buffer: ChunkBuffer) -> _Listening:
-        """Watch what the current task adds to a buffer; it is cancelled when it adds nothing."""
+        """Watch what is added to a buffer."""
         listening = _Listening(buffer)
         self._listening[listening] = None
         if self._timer is None:
@@ -131,9 +178,10 @@ class SilenceLimit:
     def end(self, listening: _Listening) -> None:
         """Watch no longer."""
         del self._listening[listening]
-        listening.settle()
 
     def _arm(self) -> None:
+        if self.limit_ms is None:
+            return
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self.limit_ms / _TICKS / 1000, self._look)
 

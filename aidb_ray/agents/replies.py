@@ -26,7 +26,8 @@ from aidb_ray.store.transaction import Transaction
 if TYPE_CHECKING:
     from ag_ui.core import Event
 
-    from aidb_ray.database import Database, Partition
+    from aidb_ray.agents.agent import Agent
+    from aidb_ray.database import Partition
 
 _ENDS = tuple(status.value for status in GenerationStatus if status.is_terminal)
 _MAX_REPLIES = 10_000
@@ -203,7 +204,7 @@ class ReplyHandle:
 
     def __init__(
         self,
-        database: Database,
+        agent: Agent,
         replies: Replies,
         session: str,
         message_id: str,
@@ -213,7 +214,8 @@ class ReplyHandle:
         self.session = session
         self.message_id = message_id
         self.sent = sent
-        self._database = database
+        # Kept, for with its last handle an agent's replies are heard no more.
+        self._agent = agent
         self._replies = replies
         self._starting = starting
         self._expected = replies.expect(session, message_id)
@@ -225,6 +227,7 @@ class ReplyHandle:
             ModelError: the generation that answers it has failed.
             RunCancelledError: it was cancelled.
             TimeoutError: there was no reply within `timeout_ms`; it may still come.
+            ConflictError: `message_differs`: there is another message with this `message_id`.
             UnavailableError: the message could not be written.
             AidbError: there is no reply yet, and the agent could not be started.
         """
@@ -260,7 +263,7 @@ class ReplyHandle:
 
         await self._be_sure()
         generation_id = await self._generation_id()
-        chunks = ChunkCollection(self._database, self.session)
+        chunks = ChunkCollection(self._agent.database, self.session)
         decode = EventDecoder().decode
         async for part in follow_slices(chunks, generation_id):
             for chunk in slice_to_chunks(part):
@@ -283,7 +286,7 @@ class ReplyHandle:
             for row in rows:
                 look(row.value)
 
-        feed = self._database.site_of(self.session).client.feed
+        feed = self._agent.database.site_of(self.session).client.feed
         subscription = feed.subscribe(Filter("generations", self.session), hear, see)
         try:
             return await found

@@ -71,6 +71,7 @@ class ToolCallRow(msgspec.Struct, rename="camel", frozen=True):
     reason: str | None = None
     in_doubt: bool = False
     late_result: Any = None
+    wakes_agent: bool = False
 
     @property
     def is_terminal(self) -> bool:

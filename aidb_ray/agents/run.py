@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import msgspec
-from ag_ui.core import StepFinishedEvent, StepStartedEvent
 from pydantic import BaseModel
 
 from aidb_ray.agents import cycle as machine
@@ -28,19 +27,18 @@ from aidb_ray.agents.calls import (
     waiting_for,
 )
 from aidb_ray.agents.commits import Commits
+from aidb_ray.agents.continuation import put_taken_over, read_newest_round
 from aidb_ray.agents.cycle import Cycle, End, Limits, OutputRefused, RoundFailed, RoundFinished
-from aidb_ray.agents.ending import Ending, in_words, is_of_store, to_usage_row
+from aidb_ray.agents.ending import Ending, code_of, in_words, is_of_store, to_usage_row
 from aidb_ray.agents.parking import Waiting
 from aidb_ray.agents.recorder import Recorder
 from aidb_ray.agents.rows import GenerationRow, now_ms, now_text, random_id, time_ms
-from aidb_ray.chunks import ChunkBuffer, ChunkCollection, follow_slices, slice_to_chunks
+from aidb_ray.chunks import ChunkBuffer, ChunkCollection
 from aidb_ray.contracts import AgentMessage
 from aidb_ray.errors import ContractError, FencedError, ModelError, RunCancelledError
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import MAX_OUTPUT_REPAIRS, parse_output
-from aidb_ray.models.events import EventDecoder
-from aidb_ray.models.round import Round
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Record, Tool
 from aidb_ray.store.changes import Mutation
@@ -48,7 +46,7 @@ from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import Intent
 
 if TYPE_CHECKING:
-    from ag_ui.core import BaseEvent, Event
+    from ag_ui.core import Event
 
     from aidb_ray.database import Session
 
@@ -111,6 +109,8 @@ class GenerationRun:
         self._stoppable: asyncio.Task[Any] | None = None
         self._stopped: machine.Cancelled | machine.TimedOut | None = None
         self._unwritten: RoundFinished | None = None
+        # What the model had said of the unfinished round before a crash; it goes on from there.
+        self._taken_over = ""
         self._repairs: list[ModelMessage] = []
         self._record: tuple[int, Record] | None = None
         limits = self._definition
@@ -246,7 +246,7 @@ class GenerationRun:
                 self._cycle = msgspec.structs.replace(self._cycle, attempt=attempt)
             asks = isinstance(command, machine.AskModel)
             if asks and is_new_attempt and self._definition.generate is None:
-                self._unwritten = await self._find_unwritten(found)
+                await self._take_up_round(found)
             generation = self._next_attempt(found)
             mutation = self._commits.update("generations", generation)
         commits = self._commits
@@ -255,7 +255,7 @@ class GenerationRun:
             self._session, generation.id, next_index=next_index, attempt=self._cycle.attempt
         )
         if is_new_attempt:
-            buffer.begin_attempt()
+            self._begin_attempt()
         shard = self._shard
         self._recorder = Recorder(buffer, shard.flusher, shard.silence)
         is_suspicious = found is not None or self._assignment.is_leftover
@@ -309,30 +309,21 @@ class GenerationRun:
             updated_at=now_text(),
         )
 
-    async def _find_unwritten(self, generation: GenerationRow) -> RoundFinished | None:
-        """Return the round that the model had finished when the process died, if there is one.
+    async def _take_up_round(self, generation: GenerationRow) -> None:
+        """See what the newest round had come to when the process died, if its rows do not say.
 
         A round is finished when its last chunk is durable, and what it came to is in its chunks.
         Its rows come in the commit after, or in the same one; if they are missing, the model need
         not be asked again.
         """
-        decode = EventDecoder().decode
-        heard = Round()
-        last: BaseEvent | None = None
         stored = ChunkCollection(self._shard.database, self._session)
-        async for part in follow_slices(stored, generation.id, follow=False):
-            for chunk in slice_to_chunks(part):
-                last = decode(chunk.type, chunk.content)
-                if isinstance(last, StepStartedEvent):
-                    heard = Round()
-                heard.add(last)
-        if not isinstance(last, StepFinishedEvent) or not heard.is_finished:
-            return None
-        newest = len(generation.rounds) - 1
-        calls = heard.tool_calls
-        if calls and self._state.is_written(generation.id, newest, calls):
-            return None
-        return RoundFinished(heard.text, tuple(calls), heard.usage)
+        heard = await read_newest_round(stored, generation.id)
+        if not heard.is_finished:
+            self._taken_over = heard.text if self._definition.on_crash == "continue" else ""
+            return
+        newest, calls = len(generation.rounds) - 1, heard.tool_calls
+        if not calls or not self._state.is_written(generation.id, newest, calls):
+            self._unwritten = RoundFinished(heard.text, tuple(calls), heard.usage)
 
     async def _follow(self, command: machine.Command) -> End | machine.Wait | None:
         """Run up to an end or a wait; None if rows have changed that it goes on from."""
@@ -382,7 +373,7 @@ class GenerationRun:
             # What is still held belongs to the attempt that failed.
             self._shard.flusher.flush(buffer)
             buffer.attempt = self._cycle.attempt
-            buffer.begin_attempt()
+            self._begin_attempt()
         try:
             if self._definition.generate is not None:
                 return await self._generate()
@@ -412,15 +403,22 @@ class GenerationRun:
             # A mistake in the user's functions or in the adapter: asking again would only repeat
             # it, and whoever waits for the reply should hear of it.
             logger.exception("a model round failed", extra={"session": self._session})
-            return RoundFailed(in_words(error), "agent_error", is_retryable=False)
+            return RoundFailed(in_words(error), code_of(error), is_retryable=False)
+
+    def _begin_attempt(self) -> None:
+        self._commits.buffer.begin_attempt()
+        if self._taken_over:
+            put_taken_over(self._commits.buffer, self._taken_over)
 
     async def _stream_round(self) -> machine.Event:
         definition = self._definition
         assert definition.adapter is not None
-        messages = await self._messages()
+        messages = [*await self._messages(), *self._repairs]
+        if self._taken_over:
+            messages.append(ModelMessage("assistant", self._taken_over))
         events = stream_round(
             definition.adapter,
-            [*messages, *self._repairs],
+            messages,
             tools=definition.offered,
             system_prompts=(definition.instructions,) if definition.instructions else (),
             output_schema=definition.output_schema,
@@ -428,14 +426,16 @@ class GenerationRun:
         heard = await self._recorder.record(events)
         if not heard.is_finished:
             raise ModelError("The model's stream broke off.", retryable=True, code="truncated")
+        text, self._taken_over = self._taken_over + heard.text, ""
         if definition.output_schema is not None and not heard.tool_calls:
             try:
-                parse_output(heard.text, definition.output_schema)
+                parse_output(text, definition.output_schema)
             except ModelError as error:
-                self._repairs += [heard.to_message(), ModelMessage("user", str(error))]
+                said = msgspec.structs.replace(heard.to_message(), content=text)
+                self._repairs += [said, ModelMessage("user", str(error))]
                 return OutputRefused(str(error), heard.usage)
         self._repairs.clear()
-        return RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+        return RoundFinished(text, tuple(heard.tool_calls), heard.usage)
 
     def _fits(self, event: RoundFinished) -> bool:
         schema = self._definition.output_schema

@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from aidb_ray.agents.definition import AgentDefinition
 from aidb_ray.agents.partition import PartitionWork, SuspectTurn
 from aidb_ray.database import Database, set_current_database
-from aidb_ray.errors import AidbError
+from aidb_ray.errors import AidbError, UnavailableError
+from aidb_ray.models.base import check_here
 from aidb_ray.store.changes import ClaimBuckets, Runner
 from aidb_ray.store.claims import shard_ranges
 
 logger = logging.getLogger(__name__)
+
+AGENT_ENDED = "agent_ended"
+"""Code of the error that a shard answers with once it was retired or stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class ShardStatus:
         cycles: Generations that ended since the process began.
         fenced: Whether another runner took over.
         stream_url: The session or pattern that the agent follows, `""` for rows without one.
+        shards: How many shards the agent has.
         is_raw: Whether it answers rows of the user's own, and not messages.
         reaches: Names of the agents that it delegates to, and they in turn, as far as known.
     """
@@ -45,6 +50,7 @@ class ShardStatus:
     cycles: int
     fenced: bool = False
     stream_url: str = ""
+    shards: int = 1
     is_raw: bool = False
     reaches: frozenset[str] = frozenset()
 
@@ -61,11 +67,13 @@ class AgentActor:
         # One for all partitions: what ends the process ends the work of each.
         self._suspects = SuspectTurn()
         self._starting: asyncio.Task[None] | None = None
+        self._is_ended = False
 
     async def start(self) -> None:
         """Claim the buckets, read what is pending, and begin.
 
         Raises:
+            ConfigError: the adapter misses something in this process; nothing was claimed.
             AidbError: the store cannot be reached or refused.
         """
         if self._starting is None:
@@ -82,6 +90,8 @@ class AgentActor:
 
     async def _start(self) -> None:
         definition = self._definition
+        if definition.adapter is not None:
+            check_here(definition.adapter)
         works = self._works
         try:
             for partition in self._database.sites_of(definition.stream_url):
@@ -102,9 +112,29 @@ class AgentActor:
                 await works.pop().aclose()
             raise
 
+    def _ended(self) -> UnavailableError:
+        return UnavailableError(
+            f"This process of agent {self._definition.name!r} was ended. Look for the next one.",
+            outcome="not_applied",
+            code=AGENT_ENDED,
+        )
+
     async def ready(self) -> int:
-        """Return the process id once the shard is at work."""
-        await self.start()
+        """Return the process id once the shard is at work.
+
+        Raises:
+            UnavailableError: `agent_ended`: it was retired or stopped.
+            AidbError: the store cannot be reached or refused.
+        """
+        if not self._is_ended:
+            try:
+                await self.start()
+            except asyncio.CancelledError:
+                # Either the caller's, or that of a start that was given up.
+                if not self._is_ended:
+                    raise
+        if self._is_ended:
+            raise self._ended()
         return os.getpid()
 
     async def status(self) -> ShardStatus:
@@ -120,6 +150,7 @@ class AgentActor:
             cycles=sum(work.cycles for work in self._works),
             fenced=any(work.is_fenced for work in self._works),
             stream_url=self._definition.stream_url,
+            shards=self._definition.shards,
             is_raw=self._definition.is_raw,
             reaches=self._definition.reaches,
         )
@@ -164,6 +195,7 @@ class AgentActor:
 
     async def retire(self, timeout_ms: int) -> None:
         """Begin nothing new, wait for what runs, and end."""
+        self._is_ended = True
         for work in self._works:
             work.is_retired = True
         try:
@@ -176,6 +208,7 @@ class AgentActor:
 
     async def stop(self) -> None:
         """Stop what runs where it is, and end. Rows stay pending; a later runner goes on."""
+        self._is_ended = True
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait([self._starting])

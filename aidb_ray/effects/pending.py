@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterable
+from itertools import islice
 from typing import Generic, TypeVar
 
 S = TypeVar("S", bound=Hashable)
@@ -25,6 +26,8 @@ class PendingWork(Generic[S, K]):
         # Keys and when they are due, in order of arrival; of sessions that are at work, too.
         self._keys: dict[S, dict[K, int]] = {}
         self._queue: dict[S, None] = {}
+        # Those of the queue that go before the others.
+        self._urgent: dict[S, None] = {}
         self._running: set[S] = set()
         self._resting: dict[S, int] = {}
         self._later: list[tuple[int, int, S]] = []
@@ -42,6 +45,11 @@ class PendingWork(Generic[S, K]):
     def running_count(self) -> int:
         """How many sessions are at work."""
         return len(self._running)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many sessions are at work as may be."""
+        return len(self._running) >= self._max_running
 
     def has_work(self, session: S | None = None, *, now_ms: int) -> bool:
         """Whether a session, or any at all, is at work or would be if it got its turn.
@@ -82,28 +90,31 @@ class PendingWork(Generic[S, K]):
         keys.pop(key, None)
         if not keys:
             del self._keys[session]
-            self._queue.pop(session, None)
+            self._leave_queue(session)
             self._resting.pop(session, None)
 
     def replace(self, entries: Iterable[tuple[S, K, int]], *, now_ms: int) -> None:
         """Make these the pending keys; no session rests. Sessions at work go on."""
         self._keys.clear()
         self._queue.clear()
+        self._urgent.clear()
         self._resting.clear()
         self._later.clear()
         for session, key, not_before_ms in entries:
             self.put(session, key, not_before_ms=not_before_ms, now_ms=now_ms)
 
-    def take(self, *, now_ms: int, only: S | None = None) -> S | None:
+    def take(self, *, now_ms: int, only: S | None = None, skip: int = 0) -> S | None:
         """Return the next session with due work and count it as at work; None if there is none.
 
-        With `only`, that session or none.
+        With `only`, that session or none. With `skip`, one that so many others are before, or the
+        last: whoever shares a queue with others does not reach for the same one as they do. Those
+        that hurry are not skipped.
         """
         self._wake_due(now_ms)
         if len(self._running) >= self._max_running:
             return None
-        while (session := self._first(only)) is not None:
-            del self._queue[session]
+        while (session := self._first(only, skip)) is not None:
+            self._leave_queue(session)
             # What was due when it was queued may have been put off since.
             if self.due_keys(session, now_ms=now_ms):
                 self._running.add(session)
@@ -114,7 +125,7 @@ class PendingWork(Generic[S, K]):
         """Count a session as at work whatever it has and however many are; False if it is."""
         if session in self._running:
             return False
-        self._queue.pop(session, None)
+        self._leave_queue(session)
         self._running.add(session)
         return True
 
@@ -128,7 +139,7 @@ class PendingWork(Generic[S, K]):
         """Leave the session alone until then, or until `wake`, whatever comes for it."""
         if session not in self._keys:
             return
-        self._queue.pop(session, None)
+        self._leave_queue(session)
         self._resting[session] = _UNTIL_WOKEN if until_ms is None else until_ms
         if until_ms is not None:
             self._remember(session, until_ms)
@@ -139,14 +150,26 @@ class PendingWork(Generic[S, K]):
         if session not in self._running and self.due_keys(session, now_ms=now_ms):
             self._queue.setdefault(session)
 
+    def hurry(self, session: S) -> None:
+        """Let a session go before the others, if it waits for its turn."""
+        if session in self._queue:
+            self._urgent[session] = None
+
     def next_due_ms(self) -> int | None:
         """Return when the next session that must wait may be due, None if none waits."""
         return self._later[0][0] if self._later else None
 
-    def _first(self, only: S | None) -> S | None:
+    def _first(self, only: S | None, skip: int) -> S | None:
+        if only is None and self._urgent:
+            return next(iter(self._urgent))
         if only is None:
-            return next(iter(self._queue), None)
+            skip = min(skip, len(self._queue) - 1) if skip else 0
+            return next(islice(self._queue, max(skip, 0), None), None)
         return only if only in self._queue else None
+
+    def _leave_queue(self, session: S) -> None:
+        self._queue.pop(session, None)
+        self._urgent.pop(session, None)
 
     def _remember(self, session: S, due_ms: int) -> None:
         self._tickets += 1

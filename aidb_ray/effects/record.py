@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,8 +13,8 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from aidb_ray.contracts import Question, Step
-from aidb_ray.errors import KeyExistsError, ToolError
+from aidb_ray.contracts import MAX_KEY_LENGTH, Question, Step
+from aidb_ray.errors import ContractError, KeyExistsError, ToolError
 from aidb_ray.models.tools import MAX_RESULT_BYTES, describe_mismatch
 from aidb_ray.store.changes import Change, Filter, FoundRow, Insert, Mutation
 from aidb_ray.store.client import StoreClient
@@ -22,6 +23,7 @@ from aidb_ray.store.rows import codec_of
 Write = Callable[[Sequence[Mutation]], Awaitable[Any]]
 """Makes a commit on behalf of the work; raises `FencedError` once that is someone else's."""
 
+_NOT_IN_KEYS = re.compile("[\0\ud800-\udfff]")
 _steps = codec_of(Step, "id")
 _questions = codec_of(Question, "id")
 
@@ -56,23 +58,58 @@ class WorkRecord:
 
     async def step(self, name: str, fn: Callable[[], Any]) -> Any:
         """See `ToolContext.step`."""
+        self._check_step(name, fn)
+        self._used.add(name)
+        try:
+            recorded = await self._read_steps()
+            if name in recorded:
+                return recorded[name]
+            result = fn()
+            if inspect.isawaitable(result):
+                result = await result
+            encoded, value = self._encode_step(name, result)
+        except BaseException:
+            # Nothing of it is recorded, so it may be tried again.
+            self._used.discard(name)
+            raise
+        try:
+            await self._write([encoded])
+        except KeyExistsError:
+            # An earlier attempt's write arrived late. What is recorded is what later attempts get.
+            self._recorded = None
+            return (await self._read_steps())[name]
+        return value
+
+    def _check_step(self, name: str, fn: Callable[[], Any]) -> None:
+        """Raise what can be known to be wrong before anything runs."""
+        wrong = ""
+        room = MAX_KEY_LENGTH - len(self._step_key(""))
+        if not 1 <= len(name) <= room or _NOT_IN_KEYS.search(name):
+            wrong = f"a name has 1 to {room} characters, no NUL and no halves of surrogate pairs"
+        elif not callable(fn):
+            if inspect.iscoroutine(fn):
+                fn.close()
+            wrong = "give it a function to call, such as `lambda: work()`, not what it returns"
+        if wrong:
+            raise ToolError(f"{name[:80]!r} is no step: {wrong}.", code="invalid_step")
         if name in self._used:
             raise ToolError(
                 f"Step {name!r} was used before in this call; give each its own name.",
                 code="duplicate_step",
             )
-        self._used.add(name)
-        recorded = await self._read_steps()
-        if name in recorded:
-            return recorded[name]
-        result = fn()
-        if inspect.isawaitable(result):
-            result = await result
-        value = _json_value(f"The result of step {name!r}", result)
-        step = Step(id=f"{self._owner}:{name}", owner=self._owner, name=name, result=value)
-        key, encoded = _steps.encode("steps", step)
-        await self._write([Insert(self._session, "steps", key, encoded)])
-        return value
+
+    def _step_key(self, name: str) -> str:
+        return f"{self._owner}:{name}"
+
+    def _encode_step(self, name: str, result: Any) -> tuple[Insert, Any]:
+        what = f"The result of step {name!r}"
+        value = _json_value(what, result)
+        try:
+            step = Step(id=self._step_key(name), owner=self._owner, name=name, result=value)
+            key, encoded = _steps.encode("steps", step)
+        except ContractError as error:
+            raise _no_json_form(what, error) from error
+        return Insert(self._session, "steps", key, encoded), value
 
     async def ask(self, question: str, schema: Any = None) -> Any:
         """See `ToolContext.ask`."""
@@ -86,12 +123,13 @@ class WorkRecord:
             question=question,
             answer_schema=None if adapter is None else adapter.json_schema(),
         )
-        if await self._client.find(self._session, "questions", key) is None:
+        found = await self._client.find(self._session, "questions", key)
+        if found is None:
             _, encoded = _questions.encode("questions", asked)
-            # An earlier attempt's write may arrive late; the question is the same.
+            # An earlier attempt's write may arrive late; what it asked is looked at below.
             with suppress(KeyExistsError):
                 await self._write([Insert(self._session, "questions", key, encoded)])
-        answer = await self._answer_to(key)
+        answer = await self._answer_to(key, question)
         if adapter is None:
             return answer
         try:
@@ -110,32 +148,47 @@ class WorkRecord:
             self._recorded = {step.name: step.result for step in steps}
         return self._recorded
 
-    async def _answer_to(self, key: str) -> Any:
+    async def _answer_to(self, key: str, question: str) -> Any:
+        """Wait until the question in that row is answered.
+
+        Raises:
+            ToolError: the row asks something else, or has gone, so no answer can come.
+        """
         answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-        def look(row_key: str, value: bytes | None) -> None:
-            if row_key == key and value is not None and not answered.done():
-                question = _questions.decode(value)
-                if question.status == "answered":
-                    answered.set_result(question.answer)
+        def look(value: bytes | None) -> None:
+            if answered.done():
+                return
+            if value is None:
+                answered.set_exception(_withdrawn(question))
+                return
+            asked = _questions.decode(value)
+            if asked.question != question:
+                answered.set_exception(_differs(question, asked.question))
+            elif asked.status == "answered":
+                answered.set_result(asked.answer)
 
         def hear(changes: Sequence[Change]) -> None:
             for change in changes:
-                look(change.key, change.value)
+                if change.key == key:
+                    look(change.value)
 
         def see(rows: Sequence[FoundRow], _revision: int) -> None:
-            for row in rows:
-                look(row.key, row.value)
+            look(next((row.value for row in rows if row.key == key), None))
 
         mine = Filter("questions", self._session, where=(("owner", (self._owner,)),))
         subscription = self._client.feed.subscribe(mine, hear, see)
         try:
+            await asyncio.shield(subscription.ready)
             return await answered
         finally:
             self._client.feed.unsubscribe(subscription)
 
 
 def _json_value(what: str, value: Any) -> Any:
+    # An iterator may never end.
+    if isinstance(value, Iterator):
+        raise _no_json_form(what, "it is an iterator; return a list")
     try:
         encoded = to_json(value)
         if len(encoded) > MAX_RESULT_BYTES:
@@ -145,4 +198,20 @@ def _json_value(what: str, value: Any) -> Any:
             )
         return from_json(encoded, allow_inf_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ToolError(f"{what} has no JSON form: {error}", code="not_serializable") from error
+        raise _no_json_form(what, error) from error
+
+
+def _no_json_form(what: str, why: object) -> ToolError:
+    return ToolError(f"{what} has no JSON form: {why}", code="not_serializable")
+
+
+def _withdrawn(question: str) -> ToolError:
+    return ToolError(f"The question {question!r} was withdrawn.", code="question_withdrawn")
+
+
+def _differs(question: str, before: str) -> ToolError:
+    return ToolError(
+        f"An earlier attempt asked {before!r} where this one asks {question!r}. An answer to the "
+        f"one is none to the other: ask the same questions in the same order.",
+        code="question_differs",
+    )

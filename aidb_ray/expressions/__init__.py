@@ -71,7 +71,7 @@ from aidb_ray.expressions.nodes import (
     substitute,
     walk,
 )
-from aidb_ray.expressions.sources import Field, Fields, SourceRef
+from aidb_ray.expressions.sources import Field, Fields, Migrate, SourceRef
 from aidb_ray.expressions.values import identity, parse_instant
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "Field",
     "Fields",
     "Kind",
+    "Migrate",
     "Node",
     "Operand",
     "Ref",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from aidb_ray.expressions.nodes import Kind
 
 Fields: TypeAlias = "Mapping[str, Field]"
+
+Migrate: TypeAlias = Callable[[dict[str, Any], int], Mapping[str, Any]]
+"""Makes the fields of a row that is of an older version those of a row of the newest."""
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -37,9 +40,15 @@ class SourceRef(Generic[R_co]):
         session: Its session, None if it belongs to none.
         fields: Python name to field; None allows any name and uses it as it is.
         row_type: What a row is decoded to; None leaves it a dict.
+        key: Name of the field that identifies a row.
+        version: The version of the rows' schema that is read.
+        migrate: What makes it of older ones, if there are any that differ.
     """
 
     name: str
     session: str | None = None
     fields: Fields | None = field(default=None, hash=False)
     row_type: type[R_co] | None = None
+    key: str = "id"
+    version: int = 1
+    migrate: Migrate | None = None

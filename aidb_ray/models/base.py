@@ -15,6 +15,7 @@ import msgspec
 from ag_ui.core import Event
 from pydantic import BaseModel
 
+from aidb_ray.errors import ConfigError
 from aidb_ray.models.tools import Tool
 
 Role = Literal["user", "assistant", "system", "tool"]
@@ -73,7 +74,9 @@ class TextAdapter(Protocol):
     """A model behind some provider's protocol, as a stream of AG-UI events.
 
     Implement `stream` as an async generator. An adapter that also has `fingerprint() -> str` is
-    told apart from others of its class by that text; see `adapter_fingerprint`.
+    told apart from others of its class by that text; see `adapter_fingerprint`. One that also has
+    `check() -> None`, a plain function, may raise `ConfigError` there for what is missing in this
+    process, such as a key: an agent calls it before it begins, so its messages wait.
     """
 
     def stream(
@@ -95,6 +98,31 @@ class TextAdapter(Protocol):
             ModelError: the provider failed. Events that were yielded before stay valid.
         """
         ...
+
+
+def check_adapter(adapter: object) -> None:
+    """Raise if this cannot be an adapter: a class, a model's name, None.
+
+    Raises:
+        ConfigError: `invalid_adapter`.
+    """
+    if isinstance(adapter, type) or not callable(getattr(adapter, "stream", None)):
+        raise ConfigError(
+            f"{adapter!r} is no model adapter, which has a method `stream`: give openai_text(...), "
+            f"or an object that implements TextAdapter.",
+            code="invalid_adapter",
+        )
+
+
+def check_here(adapter: TextAdapter) -> None:
+    """Have an adapter say whether this process has what it needs; most need nothing.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    check = getattr(adapter, "check", None)
+    if callable(check):
+        check()
 
 
 def stream_round(

@@ -25,6 +25,7 @@ from aidb_ray.models.base import (
     TextAdapter,
     ToolCallRequest,
     Usage,
+    check_adapter,
     parse_messages,
     stream_round,
 )
@@ -113,11 +114,13 @@ def chat(
     cancels the tools; tools in threads are told by their context's signal.
 
     Raises:
-        ConfigError: two tools share a name, or one cannot run here because it has no
-            implementation or needs an approval, which only an agent can wait for.
+        ConfigError: the adapter or a tool is none; two tools share a name, or one cannot run
+            here because it has no implementation or needs an approval, which only an agent can
+            wait for.
         ValueError: a message is malformed.
         ModelError: the provider failed; or `max_iterations`, `invalid_output`.
     """
+    check_adapter(adapter)
     by_name = check_tools(tools)
     for each in tools:
         _check_runs_here(each)
@@ -248,7 +251,9 @@ class _Run:
                 wanted = self._tools.get(call.name)
                 if wanted is None:
                     raise unknown_tool(call.name, self._tools)
-                context = ToolContext(idempotency_key=f"{self._run_id}:{call.id}")
+                context = ToolContext(
+                    idempotency_key=f"{self._run_id}:{call.id}", generation_id=self._run_id
+                )
                 return encode_result(await wanted.call(call.args_json, context))
             except ToolError as error:
                 return encode_error(error)

@@ -108,12 +108,14 @@ class OpenAIText:
         timeouts: Timeouts | None = None,
         backoff: Backoff | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
+        prefill: Mapping[str, Any] | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         if api not in ("responses", "chat"):
             raise ConfigError(f"api is {api!r}; it must be 'responses' or 'chat'.")
         self._options = options or {}
-        if taken := self._options.keys() & _OWN_FIELDS:
+        self._prefill = dict(prefill or {})
+        if taken := (self._options.keys() | self._prefill.keys()) & _OWN_FIELDS:
             raise ConfigError(f"The adapter sets {sorted(taken)} itself; leave them out.")
         self._model = model
         self._api: Api = api
@@ -139,7 +141,17 @@ class OpenAIText:
     def fingerprint(self) -> str:
         """Return what decides the answers: model, protocol, server and options, without keys."""
         asked = [self._model, self._api, self._base_url, self._options]
+        if self._prefill:
+            asked.append(self._prefill)
         return msgspec.json.encode(asked, order="sorted", enc_hook=repr).decode()
+
+    def check(self) -> None:
+        """Raise if this process has no key for the server; nothing is sent.
+
+        Raises:
+            ConfigError: `missing_api_key`.
+        """
+        self._key()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop; a later request opens new ones."""
@@ -166,6 +178,8 @@ class OpenAIText:
         """
         make_body = responses_body if self._api == "responses" else chat_body
         body = _merge(make_body(messages, tools, system_prompts, output_schema), self._options)
+        if messages and messages[-1].role == "assistant":
+            body = _merge(body, self._prefill)
         attempt = 0
         while True:
             has_spoken = False
@@ -297,6 +311,7 @@ def openai_text(
     api: Api = "responses",
     timeouts: Timeouts | None = None,
     backoff: Backoff | None = None,
+    prefill: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> OpenAIText:
     """Return an adapter for `model`; nothing is opened or read before it is asked.
@@ -304,7 +319,9 @@ def openai_text(
     The key is taken from `OPENAI_API_KEY`, or from the variable that an `EnvKey` names, in the
     process that asks. A key given as text is held as a secret and does not leave this process.
     Without `base_url` the server is `OPENAI_BASE_URL` or OpenAI's. Further `options` go into
-    each request as they are (`temperature`, `reasoning`, ...); None takes a field out.
+    each request as they are (`temperature`, `reasoning`, ...); None takes a field out. Those of
+    `prefill` go only into requests whose last message is an assistant's, so that the server goes
+    on with it; vLLM wants `{"continue_final_message": True, "add_generation_prompt": False}`.
 
     Raises:
         ConfigError: an option is one that the adapter sets itself.
@@ -316,6 +333,7 @@ def openai_text(
         api_key=api_key,
         timeouts=timeouts,
         backoff=backoff,
+        prefill=prefill,
         options=options,
     )
 

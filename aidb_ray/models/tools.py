@@ -45,6 +45,18 @@ class Record(Protocol):
         ...
 
 
+class ThreadWatch(Protocol):
+    """Hears, in the thread itself, of a tool that runs in a thread: it cannot be stopped."""
+
+    def began(self) -> None:
+        """Hear that the thread runs."""
+        ...
+
+    def ended(self, result: Any, error: ToolError | None) -> None:
+        """Hear what it came to, wanted or not."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolContext:
     """What an implementation may know about the call it serves.
@@ -60,6 +72,8 @@ class ToolContext:
         on_heartbeat: What `heartbeat` does.
         generation_id: The generation, or run of `chat`, that the call is part of.
         record: Where steps and questions are kept, None where there is no session.
+        watch: Hears of the thread, if the tool runs in one.
+        agent: The agent whose model asked for the call, `""` for none.
     """
 
     signal: Signal = field(default_factory=Signal)
@@ -72,6 +86,8 @@ class ToolContext:
     on_heartbeat: Callable[[], None] = _ignore_heartbeat
     generation_id: str = ""
     record: Record | None = None
+    watch: ThreadWatch | None = None
+    agent: str = ""
 
     def heartbeat(self) -> None:
         """Say that the call is still at work. Returns at once; threads may call it too."""
@@ -82,22 +98,28 @@ class ToolContext:
 
         Once the result is durable, no later attempt of this call runs `fn` again: it is given the
         recorded result. Of a step that was running when its process died nothing is known, so it
-        runs again. A name is used once in a call.
+        runs again. A name is used once in a call; a step that raised may be tried again under its
+        name. If the caller is cancelled while the result is being written, it may be recorded.
 
         Raises:
-            ToolError: `duplicate_step`; `not_serializable`; `not_durable`: the call has no
-                session. What `fn` raises is raised and not recorded.
+            ToolError: `duplicate_step`; `invalid_step`, before `fn` runs: the name is empty or too
+                long, or `fn` is no function; `not_serializable` or `result_too_large`, after it
+                ran; `not_durable`: the call has no session. What `fn` raises is raised and not
+                recorded.
         """
         return await self._durable().step(name, fn)
 
     async def ask(self, question: str, schema: Any = None) -> Any:
         """Ask a person or a program, by a row in the session's `questions`; return the answer.
 
-        Waits until someone calls `answer`, from whatever process. The n-th question of a call is
-        asked once: a later attempt finds it, and its answer. `schema` is the type of the answer.
+        Waits until someone calls `answer`, from whatever process; the row stays if the caller is
+        cancelled. The n-th question of a call is asked once: a later attempt finds it, and its
+        answer. `schema` is the type of the answer.
 
         Raises:
-            ToolError: `not_durable`: the call has no session.
+            ToolError: `invalid_answer`: it does not fit `schema`; `question_withdrawn`: its row
+                was deleted; `question_differs`: an earlier attempt asked something else in its
+                place; `not_durable`: the call has no session.
         """
         return await self._durable().ask(question, schema)
 
@@ -230,6 +252,8 @@ class Tool:
 
         A plain function runs in a thread, a coroutine function here. Cancelling fires
         `context.signal`; a thread then goes on until it returns, and its result is dropped.
+        What it raises is logged to `context.log`, once: at WARNING with its traceback, a
+        `ToolError` at INFO.
 
         Raises:
             ToolError: with code `invalid_args` if it was not run; `tool_error` if it raised,
@@ -245,31 +269,48 @@ class Tool:
         try:
             if self._runs_here:
                 return self._to_json_value(await run())
-            result = await asyncio.to_thread(self._run_in_thread, run)
-            return self._to_json_value(await result) if inspect.isawaitable(result) else result
+            result = await asyncio.to_thread(self._run_in_thread, run, context)
+            if not isinstance(result, ToolError):
+                return self._to_json_value(await result) if inspect.isawaitable(result) else result
         except asyncio.CancelledError as error:
             context.signal.abort("cancelled")
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
             # Nobody cancelled us: the tool awaited something that was cancelled.
-            raise self._failure(error) from error
+            raise self._failure(error, context) from error
         except (Exception, SystemExit) as error:
-            raise self._failure(error) from error
+            raise self._failure(error, context) from error
+        raise result
 
-    def _run_in_thread(self, run: Callable[[], Any]) -> Any:
+    def _run_in_thread(self, run: Callable[[], Any], context: ToolContext) -> Any:
+        """Return the result, or as what it failed."""
+        watch = context.watch
+        if watch is not None:
+            watch.began()
+        result, failure = None, None
         try:
             result = run()
             # Encoding a large result would hold up the loop.
             return result if inspect.isawaitable(result) else self._to_json_value(result)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             # A future cannot carry StopIteration (the waiter would never wake), and passing on
             # KeyboardInterrupt would stop the loop.
-            raise self._failure(error) from error
+            failure = self._failure(error, context)
+            if failure is not error:
+                failure.__cause__ = error
+            return failure
+        finally:
+            if watch is not None:
+                watch.ended(result, failure)
 
-    def _failure(self, error: BaseException) -> ToolError:
+    def _failure(self, error: BaseException, context: ToolContext) -> ToolError:
+        """Log what a call raised, which is done once, and return it as an answer for the model."""
+        call = context.idempotency_key
         if isinstance(error, ToolError):
+            context.log.info("tool %r answers call %r with an error: %s", self.name, call, error)
             return error
+        context.log.warning("tool %r failed in call %r", self.name, call, exc_info=error)
         code = "tool_error" if isinstance(error, Exception) else "tool_crashed"
         return ToolError(f"{self.name!r} failed: {type(error).__name__}: {error}", code=code)
 
@@ -443,10 +484,16 @@ def check_tools(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Return the tools by name.
 
     Raises:
-        ConfigError: `duplicate_tool`: two share a name, so a call could mean either.
+        ConfigError: `duplicate_tool`: two share a name, so a call could mean either;
+            `not_a_tool`: one is something else, such as a function without `@tool`.
     """
     by_name: dict[str, Tool] = {}
     for each in tools:
+        if not isinstance(cast("object", each), Tool):
+            raise ConfigError(
+                f"{each!r} is not a tool: decorate the function with @tool.",
+                code="not_a_tool",
+            )
         if each.name in by_name:
             raise ConfigError(f"Two tools are named {each.name!r}.", code="duplicate_tool")
         by_name[each.name] = each

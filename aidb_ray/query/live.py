@@ -17,7 +17,7 @@ from aidb_ray.query.builder import Query, QueryRoot, build
 from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
 from aidb_ray.store.changes import Filter
 from aidb_ray.store.local import RowEvent, View
-from aidb_ray.store.rows import codec_of
+from aidb_ray.store.rows import RowCodec, codec_of
 
 if TYPE_CHECKING:
     from aidb_ray.store.collection import Sites
@@ -38,7 +38,10 @@ class LiveQuery(Generic[R]):
 
     What a commit changed in several collections, or several rows of one, is taken in together:
     no answer and no delta shows half of it. Partitions are followed each by itself. Collections
-    that are read several times under the same filter are followed once.
+    that are read several times under the same filter and as the same rows are followed once.
+
+    Rows of older versions are migrated before anything is asked of them. One that cannot be, or
+    that a newer version wrote, is left out of the answer and logged at ERROR.
     """
 
     def __init__(self, sites: Sites, question: Question[R]) -> None:
@@ -47,15 +50,18 @@ class LiveQuery(Generic[R]):
         self._arrived: list[RowChange] = []
         self._readers: dict[_Reader[R], None] = {}
         self._is_closed = False
-        readers: dict[Filter, list[Input]] = {}
+        readers: dict[tuple[Filter, SourceRef[Any]], list[Input]] = {}
         for reader in self._pipeline.inputs:
-            readers.setdefault(filter_of(reader), []).append(reader)
+            readers.setdefault((filter_of(reader), reader.source), []).append(reader)
         self._views = [
             View(
-                site.client, site.writes, wanted, partial(self._hear, [one.name for one in inputs])
+                site.client,
+                site.writes,
+                wanted,
+                partial(self._hear, [one.name for one in inputs], source),
             )
-            for wanted, inputs in readers.items()
-            for site in sites.sites_of(inputs[0].source.session or "")
+            for (wanted, source), inputs in readers.items()
+            for site in sites.sites_of(source.session or "")
         ]
 
     def __repr__(self) -> str:
@@ -125,11 +131,13 @@ class LiveQuery(Generic[R]):
         for reader in self._readers:
             reader.arrived.set()
 
-    def _hear(self, names: Sequence[str], events: Sequence[RowEvent]) -> None:
+    def _hear(
+        self, names: Sequence[str], source: SourceRef[Any], events: Sequence[RowEvent]
+    ) -> None:
         if not self._arrived:
             # The other views hear of the same commits before the event loop goes on.
             asyncio.get_running_loop().call_soon(self._take_in)
-        self._arrived += to_changes(names, events)
+        self._arrived += to_changes(names, source, events)
 
     def _take_in(self) -> None:
         arrived, self._arrived = self._arrived, []
@@ -193,16 +201,23 @@ async def run_query(sites: Sites, question: Question[R]) -> list[R] | R | None:
         for site in sites.sites_of(wanted.source.session or ""):
             revision, found = await site.client.read(rows_wanted)
             events = site.writes.show(rows_wanted, found, revision)
-            pipeline.advance(to_changes([wanted.name], events))
+            pipeline.advance(to_changes([wanted.name], wanted.source, events))
         rows = pipeline.rows
     return next(iter(rows), None) if query.is_single else rows
 
 
-def to_changes(names: Sequence[str], events: Sequence[RowEvent]) -> list[RowChange]:
-    """Return events as a pipeline takes them, for each of the inputs that they are of."""
+def to_changes(
+    names: Sequence[str], source: SourceRef[Any], events: Sequence[RowEvent]
+) -> list[RowChange]:
+    """Return events as a pipeline takes them, for each of the inputs that they are of.
+
+    A row of another version than `source` is migrated; one that cannot be counts as gone.
+    """
+    try_current = codec_of_source(source).try_current
     changes: list[RowChange] = []
     for session, key, row, is_synced in events:
-        fields = None if row is None else _decode(row.value)
+        value = None if row is None else try_current(row.value, source.name, key)
+        fields = None if value is None else _decode(value)
         revision = 0 if row is None else row.revision
         changes += [RowChange(name, (session, key), fields, revision, is_synced) for name in names]
     return changes
@@ -211,7 +226,8 @@ def to_changes(names: Sequence[str], events: Sequence[RowEvent]) -> list[RowChan
 def filter_of(wanted: Input) -> Filter:
     """Return what the store needs to know to send no more rows than it must."""
     where: tuple[tuple[str, tuple[str | int | bool, ...]], ...] = ()
-    if wanted.condition is not None:
+    # What the store compares are rows as they are stored, of whichever version.
+    if wanted.condition is not None and wanted.source.migrate is None:
         found = equalities(wanted.condition)
         where = tuple((name, tuple(values)) for name, values in sorted(found.items()))
     source = wanted.source
@@ -222,6 +238,9 @@ def filter_of(wanted: Input) -> Filter:
 
 def decoder_of(source: SourceRef[Any]) -> Decode:
     """Return what makes a stored row of a collection what its reader gets."""
-    # The key field's name does not matter for decoding.
-    names = list(source.fields or {"id": None})
-    return codec_of(source.row_type, "id" if "id" in names else names[0]).decode_fields
+    return codec_of_source(source).decode_fields
+
+
+def codec_of_source(source: SourceRef[Any]) -> RowCodec[Any]:
+    """Return the codec of a collection's rows."""
+    return codec_of(source.row_type, source.key, source.version, source.migrate)

@@ -16,6 +16,7 @@ Ray is imported by the functions that need it: importing this package does not l
 from __future__ import annotations
 
 from aidb_ray.runtime.cluster import CONNECT_TIMEOUT_MS, Cluster, connect_cluster
+from aidb_ray.runtime.failures import check_sendable
 from aidb_ray.runtime.local import LocalRef
 from aidb_ray.runtime.ray_refs import (
     MAX_CONCURRENCY,
@@ -38,6 +39,7 @@ __all__ = [
     "Cluster",
     "LocalRef",
     "RayRef",
+    "check_sendable",
     "connect_cluster",
     "find",
     "spawn",

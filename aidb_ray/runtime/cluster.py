@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
+from weakref import WeakSet
 
 from aidb_ray.errors import ConfigError, UnavailableError
 from aidb_ray.runtime.credentials import (
@@ -39,6 +40,8 @@ class Cluster:
 
     def __init__(self, membership: _Membership | None, node_id: str) -> None:
         self._membership = membership
+        if membership is not None:
+            membership.holders.add(self)
         self.owned = membership is not None and membership.owned
         self.node_id = node_id
 
@@ -64,8 +67,8 @@ class Cluster:
             membership, self._membership = self._membership, None
             if membership is None:
                 return
-            membership.holders -= 1
-            if membership.holders == 0 and membership in _memberships:
+            membership.holders.discard(self)
+            if not membership.holders and membership in _memberships:
                 _memberships.remove(membership)
                 ray.shutdown()
                 membership.left.set()
@@ -137,12 +140,13 @@ class _Membership:
 
     Attributes:
         owned: Whether the cluster was started here.
-        holders: Open `Cluster` objects; with the last of them the process leaves.
+        holders: Open `Cluster` objects; with the last of them the process leaves. One that was
+            dropped unclosed does not count.
         left: Set when it has left.
     """
 
     owned: bool
-    holders: int = 0
+    holders: WeakSet[Cluster] = field(default_factory=WeakSet["Cluster"])
     left: threading.Event = field(default_factory=threading.Event)
 
 
@@ -163,11 +167,12 @@ def _join(
 
         with _ray_lock:
             membership = _enter(address, namespace, num_cpus)
-            node_id = ray.get_runtime_context().get_node_id()
+            cluster = Cluster(membership, ray.get_runtime_context().get_node_id())
     except Exception as error:  # noqa: BLE001  Belongs to whoever awaits `joining`.
         joining.set_exception(error)
         return
-    joining.set_result(Cluster(membership, node_id))
+    joining.set_result(cluster)
+    del joining, cluster  # This thread stays, and must not hold what others drop.
     if membership is not None and membership.owned:
         membership.left.wait()
 
@@ -186,7 +191,6 @@ def _enter(address: str | None, namespace: str, num_cpus: int | None) -> _Member
         address = address or os.environ.get("RAY_ADDRESS")
         _init_ray(address, namespace, num_cpus)
         _memberships.append(_Membership(owned=address is None))
-    _memberships[0].holders += 1
     return _memberships[0]
 
 
@@ -196,7 +200,6 @@ def _init_ray(address: str | None, namespace: str, num_cpus: int | None) -> None
 
     settings: dict[str, Any] = {
         "namespace": namespace,
-        "log_to_driver": False,
         "logging_level": logging.ERROR,
         "job_config": JobConfig(_py_driver_sys_path=_import_paths()),
     }

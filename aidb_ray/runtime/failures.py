@@ -31,6 +31,24 @@ class Failure:
     remote_traceback: str
 
 
+def check_sendable(value: object, name: str) -> None:
+    """Raise if `value`, which people know as `name`, cannot be sent to another process.
+
+    Raises:
+        ConfigError: `not_picklable`.
+    """
+    import ray.cloudpickle
+
+    try:
+        ray.cloudpickle.dumps(value)  # pyright: ignore[reportPrivateImportUsage]
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be sent to another process: {words(error)}. Make it a function of a "
+            f"module that holds on to no sockets, locks or the like.",
+            code="not_picklable",
+        ) from error
+
+
 def pack(error: Exception) -> Failure:
     """Return of `error` what can be sent: its pickle, if it has one, and its words."""
     import ray.cloudpickle

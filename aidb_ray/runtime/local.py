@@ -55,6 +55,10 @@ class LocalRef(Generic[A_co]):
         other._timeout_ms = timeout_ms
         return other
 
+    def pinned(self) -> LocalRef[A_co]:
+        """See `ActorRef.pinned`. There are no names here."""
+        return self
+
     async def ask(
         self,
         method: Callable[Concatenate[A_co, P], Awaitable[R]],

@@ -112,6 +112,10 @@ class RayRef(Generic[A_co]):
         """See `ActorRef.with_timeout`."""
         return _restore_ref(self._handle, self._name, self._namespace, timeout_ms)
 
+    def pinned(self) -> RayRef[A_co]:
+        """See `ActorRef.pinned`."""
+        return _restore_ref(self._handle, None, self._namespace, self._timeout_ms)
+
     async def ask(
         self,
         method: Callable[Concatenate[A_co, P], Awaitable[R]],

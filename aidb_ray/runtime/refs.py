@@ -67,6 +67,13 @@ class ActorRef(Protocol[A_co]):
         """Return the same address with another bound on each call."""
         ...
 
+    def pinned(self) -> ActorRef[A_co]:
+        """Return the address of the actor that is reached now, not of one that takes its name.
+
+        What is asked of it once that actor has ended is refused with `actor_ended`.
+        """
+        ...
+
     async def stop(self) -> None:
         """End the actor for good, after its own `stop` if it has one.
 

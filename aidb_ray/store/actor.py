@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_WAIT_MS = 20_000
 CLIENT_SILENCE_MS = 15 * 60_000
+LEASE_TICK_MS = 200
 MAX_QUEUED_BYTES = 256 << 20
 MAX_POLL_MS = 60_000
 _MAX_DROPPED_CLIENTS = 256
@@ -78,6 +79,8 @@ class StoreOptions:
         max_resident_bytes: While rows weigh more in memory, sessions that rest in the snapshot
             leave it, and a snapshot starts after `snapshot_bytes` whatever the newest one's size.
         partitions: How many partitions the database has.
+        is_private: Whether all who use it are of its own process, so that claims of an earlier
+            process are nobody's.
     """
 
     database: str
@@ -90,6 +93,7 @@ class StoreOptions:
     snapshot_bytes: int = 64 << 20
     max_resident_bytes: int = 1 << 30
     partitions: int = 1
+    is_private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,7 @@ class StoreActor:
         self._problem = ""
         self._opening: asyncio.Task[None] | None = None
         self._flusher: asyncio.Task[None] | None = None
+        self._ticker: asyncio.Task[None] | None = None
         self._snapshots: SnapshotTaker | None = None
         self._log: Log
         self._tables: Tables
@@ -239,6 +244,9 @@ class StoreActor:
         self._recovery_ms = round((time.monotonic() - began) * 1000)
         self._state = "serving"
         self._flusher = asyncio.get_running_loop().create_task(self._flush_forever())
+        if self._options.is_private:
+            self._tables.leases.expire_all()
+        self._count_leases()
         logger.info(
             "store opened",
             extra={"revision": self._tables.revision, "recovery_ms": self._recovery_ms},
@@ -337,8 +345,10 @@ class StoreActor:
 
     async def _close(self) -> None:
         assert self._flusher is not None
-        self._flusher.cancel()
-        await asyncio.wait([self._flusher])
+        tasks = [self._flusher, *([] if self._ticker is None else [self._ticker])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         self._polls.release_all()
         if self._snapshots is not None:
             await self._snapshots.aclose()
@@ -393,7 +403,9 @@ class StoreActor:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
-                while self._arrivals:
+                is_due = self._tables.leases.is_due
+                while self._arrivals or is_due:
+                    is_due = False
                     await self._flush()
         except asyncio.CancelledError:
             # The loop is closing. What the disk still does, it does to the end.
@@ -416,6 +428,7 @@ class StoreActor:
         for client_id in self._silent_clients():
             if client_id not in plan.clients:
                 plan.drop_client(client_id)
+        plan.end_leases()
         if not plan.is_empty:
             try:
                 place = await self._write(plan)
@@ -471,6 +484,7 @@ class StoreActor:
         self._feed.extend(entries, self._tables.revision)
         self._reader.indexes.hear(entries)
         self._polls.wake(entries)
+        self._count_leases()
         now = self._clock()
         for client_id, record in plan.clients.items():
             if record is None:
@@ -478,6 +492,23 @@ class StoreActor:
             else:
                 self._client_seen[client_id] = now
                 self._client_seen.move_to_end(client_id)
+
+    def _count_leases(self) -> None:
+        """Let lease time pass while there is a lease."""
+        if self._tables.leases.holders and (self._ticker is None or self._ticker.done()):
+            self._ticker = asyncio.get_running_loop().create_task(self._tick())
+
+    async def _tick(self) -> None:
+        leases = self._tables.leases
+        last = self._clock()
+        while leases.holders and self._state in ("serving", "disk_full"):
+            if leases.is_due:
+                self._arrived.set()
+            await asyncio.sleep(LEASE_TICK_MS / 1000)
+            now = self._clock()
+            # Renewals that wait are handled first: the flush that ends a lease plans them before.
+            leases.tick((now - last) * 1000)
+            last = now
 
     def _silent_clients(self) -> list[int]:
         """Return clients that were not heard for 15 minutes; they count as gone."""

@@ -7,7 +7,7 @@ ever added at the end.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import msgspec
 
@@ -20,6 +20,7 @@ from aidb_ray.errors import (
     KeyMissingError,
     UnavailableError,
 )
+from aidb_ray.store.versions import unstamp
 
 BUCKETS = 4096
 MAX_BATCH_COMMITS = 4_096
@@ -99,7 +100,80 @@ class ClaimBuckets(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False
     high: int
 
 
-Mutation: TypeAlias = Insert | Update | Delete | Append | ClaimBuckets
+class Claim(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Take the sole right to work on a row; refused while another holder has it.
+
+    The revision of this commit is the token of the claim. It lasts until it is released, or until
+    the holder's lease ends; claiming extends that lease. Made again under the claim itself it
+    only changes the note.
+
+    Attributes:
+        effect: Whose work it is: what one holder of an effect leaves, another one takes over.
+        holder: Who claims. All claims of a holder share one lease.
+        base: Revision that must have written the row, 0 for any.
+        attempts: How often the row was claimed before; -1 for any. If that is wrong, so may be
+            what the sender knows of those attempts: the refusal has the record.
+        note: Kept for whoever takes over.
+    """
+
+    session: str
+    collection: str
+    key: str
+    effect: str
+    holder: str
+    lease_ms: int
+    base: int = 0
+    attempts: int = -1
+    note: str = ""
+
+
+class Renew(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """Extend the lease of a holder, and with it all its claims.
+
+    Refused if the holder is not known any more: then its claims were taken from it.
+    """
+
+    holder: str
+    lease_ms: int
+
+
+class Release(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
+    """Give up a claim; refused unless `token` is the current one. Doing it twice does no harm.
+
+    Attributes:
+        state: `done`: the work is finished. `free`: it is to be claimed again when its row says
+            so. `orphan`: someone else of the same effect shall go on with it.
+    """
+
+    session: str
+    collection: str
+    key: str
+    token: int
+    state: Literal["done", "free", "orphan"] = "done"
+
+
+class Disown(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
+    """End the leases of holders now, because their processes have ended; claims become orphans.
+
+    Attributes:
+        holder: How the names of those holders begin.
+    """
+
+    holder: str
+
+
+Mutation: TypeAlias = (
+    Insert | Update | Delete | Append | ClaimBuckets | Claim | Renew | Release | Disown
+)
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A claim under which a commit is made; refused unless `token` is the current one."""
+
+    session: str
+    collection: str
+    key: str
+    token: int
 
 
 class Runner(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -114,6 +188,7 @@ class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     mutations: tuple[Mutation, ...]
     runner: Runner | None = None
+    held: Held | None = None
 
 
 class ChunkColumns(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -167,7 +242,8 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     key=self.key,
                 )
             case "conflict":
-                current = None if self.current is None else msgspec.json.decode(self.current)
+                found = None if self.current is None else unstamp(self.current)[1]
+                current = None if found is None else msgspec.json.decode(found)
                 return ConflictError(
                     f"{row} was changed by revision {self.revision} meanwhile. "
                     f"Look at `current` and decide again.",
@@ -184,6 +260,38 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
             case "fenced":
                 return FencedError(
                     resource=self.key, our_epoch=self.got, current_epoch=self.expected
+                )
+            case "claimed":
+                return ConflictError(
+                    f"{row} is claimed by someone else, who holds token {self.expected}.",
+                    code="claimed",
+                    collection=self.collection,
+                    key=self.key,
+                    revision=self.expected,
+                )
+            case "claim_changed":
+                current = None if self.current is None else msgspec.json.decode(self.current)
+                return ConflictError(
+                    f"{row} was claimed before. Look at that claim, which is `current`, first.",
+                    code="claim_changed",
+                    collection=self.collection,
+                    key=self.key,
+                    current=cast("dict[str, Any] | None", current),
+                    revision=self.revision,
+                )
+            case "stale_claim":
+                return FencedError(
+                    resource=row,
+                    our_epoch=self.got,
+                    current_epoch=self.expected,
+                    code="stale_claim",
+                )
+            case "unknown_holder":
+                return FencedError(
+                    resource=f"claims of {self.key}",
+                    our_epoch=0,
+                    current_epoch=0,
+                    code="unknown_holder",
                 )
             case "sequence_gap":
                 return ConflictError(

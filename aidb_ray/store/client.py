@@ -41,6 +41,7 @@ from aidb_ray.store.changes import (
     Committed,
     Filter,
     FoundRow,
+    Held,
     Insert,
     Mutation,
     PollRequest,
@@ -127,6 +128,7 @@ class StoreClient:
         *,
         chunks: ChunkColumns = EMPTY,
         runner: Runner | None = None,
+        held: Held | None = None,
     ) -> asyncio.Future[int]:
         """Send mutations as one commit; the future gives its revision once it is durable.
 
@@ -141,7 +143,7 @@ class StoreClient:
             AidbError: (from the future) the commit was refused, or its outcome is unknown.
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.send(mutations, partial(_resolve, done), chunks=chunks, runner=runner)
+        self.send(mutations, partial(_resolve, done), chunks=chunks, runner=runner, held=held)
         return done
 
     def send(
@@ -151,6 +153,7 @@ class StoreClient:
         *,
         chunks: ChunkColumns = EMPTY,
         runner: Runner | None = None,
+        held: Held | None = None,
     ) -> None:
         """Send mutations as one commit; calls `on_settled` once, later. See `commit`."""
         size = _size(mutations, chunks)
@@ -172,7 +175,8 @@ class StoreClient:
             raise UnavailableError(
                 "The connection was closed; connect again.", outcome="not_applied", code="closed"
             )
-        self._queue.append(_Waiting(Commit(tuple(mutations), runner), chunks, size, on_settled))
+        commit = Commit(tuple(mutations), runner, held)
+        self._queue.append(_Waiting(commit, chunks, size, on_settled))
         self._queued_bytes += size
         self._made += 1
         if self._pumping is None:
@@ -459,7 +463,7 @@ def _join(taken: list[_Waiting]) -> tuple[list[Commit], ChunkColumns | None]:
         if chunks.types:
             if count:
                 moved = tuple(_move(mutation, count) for mutation in commit.mutations)
-                commit = Commit(moved, commit.runner)
+                commit = Commit(moved, commit.runner, commit.held)
                 ends.extend([size + end for end in memoryview(chunks.ends).cast("i")])
             else:
                 ends.frombytes(chunks.ends)

@@ -27,12 +27,14 @@ from aidb_ray.errors import (
 from aidb_ray.expressions import (
     Expression,
     Fields,
+    Migrate,
     Ref,
     SourceRef,
     compile_predicate,
     equalities,
     predicate,
 )
+from aidb_ray.runtime import check_sendable
 from aidb_ray.store.changes import CHUNKS, Filter, Insert, StoredRow
 from aidb_ray.store.local import LocalWrites, RowEvent, View
 from aidb_ray.store.rows import RowCodec, codec_of
@@ -149,6 +151,8 @@ class Collection(Generic[R]):
     Args:
         row_type: pydantic model, dataclass or TypedDict; None for plain dicts.
         key: Name of the field that identifies a row within session and collection.
+        version: See `Database.collection`.
+        migrate: See `Database.collection`.
     """
 
     def __init__(
@@ -159,27 +163,39 @@ class Collection(Generic[R]):
         *,
         key: str = "id",
         session: str | None = None,
+        version: int = 1,
+        migrate: Migrate | None = None,
     ) -> None:
         self.name = name
         self.session = session
         self.key = key
         self.row_type = row_type
         self._sites = sites
-        self._codec: RowCodec[R] = codec_of(row_type, key)
+        self._codec: RowCodec[R] = codec_of(row_type, key, version, migrate)
         self._views: list[View] = []
         self._decoded: dict[tuple[str, str], tuple[bytes, R]] = {}
+        # Rows that are not stored as rows of this version are; None for those that cannot be read.
+        self._currents: dict[tuple[str, str], tuple[bytes, bytes | None]] = {}
 
     def __repr__(self) -> str:
         where = f" of {self.session}" if self.session else ""
         return f"<Collection {self.name!r}{where}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self._sites, self.name, self.row_type, self.key, self.session)
+        codec = self._codec
+        if codec.migrate is not None:
+            check_sendable(codec.migrate, f"`migrate` of {self!r}")
+        schema = (self.row_type, self.key, self.session, codec.version, codec.migrate)
+        return _restore, (self._sites, self.name, *schema)
 
     # Writing.
 
     def insert(self, rows: R | Mapping[str, Any] | Sequence[R | Mapping[str, Any]]) -> Transaction:
         """Add one row, or several together. Defaults are filled in before this returns.
+
+        A mapping is held to the row type strictly: no value is converted, but that a time, an
+        enum and the like may be given as JSON has them, and no field may be unknown. A type whose
+        config speaks of `strict` or `extra` is taken at its word.
 
         Raises:
             ContractError: a row does not fit its type; nothing was written.
@@ -250,7 +266,8 @@ class Collection(Generic[R]):
             expected_revision: The row must be as that revision left it.
 
         Raises:
-            KeyMissingError, ContractError: here, if the row is known here; else when awaited.
+            KeyMissingError, ContractError: here, if the row is known here; else when awaited. Also
+                if the row as it is cannot be read; see `find`.
             ConflictError: (when awaited) `condition_failed`; `conflict` if the row is not of the
                 expected revision, or changed at every try. `current` carries the row.
         """
@@ -300,6 +317,7 @@ class Collection(Generic[R]):
 
         Raises:
             NotReadyError: the copy is not complete and the row was not written here.
+            ContractError: the row cannot be read; see `find`.
         """
         session, site = self._readable()
         group = self._group(session, is_writing=False)
@@ -312,7 +330,11 @@ class Collection(Generic[R]):
         else:
             self._copy()
             raise self._not_ready()
-        return None if row is None else self._decode((session, key), row)
+        if row is None:
+            return None
+        if self._current((session, key), row.value) is None:
+            self._codec.current(row.value, self.name, key)  # It says why.
+        return self._decode((session, key), row)
 
     def __len__(self) -> int:
         return len(self._stored())
@@ -325,7 +347,10 @@ class Collection(Generic[R]):
         return isinstance(key, str) and self.get(key) is not None
 
     def values(self) -> list[R]:
-        """Return all rows in order of (session, key)."""
+        """Return all rows in order of (session, key).
+
+        One that a newer version wrote, or that cannot be migrated, is left out and logged at ERROR.
+        """
         return [self._decode(place, row) for place, row in self._stored()]
 
     def is_synced(self, key: str) -> bool:
@@ -334,14 +359,21 @@ class Collection(Generic[R]):
         return not site.writes.is_outstanding((session, self.name, key))
 
     async def find(self, key: str) -> R | None:
-        """Ask the store for one row; copies nothing."""
+        """Ask the store for one row; copies nothing.
+
+        Raises:
+            ContractError: the row cannot be read: `newer_schema`, a later version of the schema
+                wrote it; `migration_failed`; `invalid_row`, another row type wrote it.
+        """
         await self._sites.connected()
         session, site = self._readable()
         found = await site.client.find(session, self.name, key)
-        return None if found is None else self._codec.decode(found.value)
+        return None if found is None else self._codec.decode(found.value, self.name, key)
 
     async def changes(self, since: int | None = None) -> AsyncIterator[Change[R]]:
         """Yield every change from now on, or after revision `since`, once and in order.
+
+        One to a row that cannot be read (see `find`) is left out and logged at ERROR.
 
         Raises:
             CompactedError: `since` is older than what the store can still tell.
@@ -357,14 +389,19 @@ class Collection(Generic[R]):
             )
         await self._sites.connected()
         site = self._sites.site_of(self._one_session())
-        told = tail_changes(site.client, self.filter(), since, MAX_UNREAD_CHANGES)
+        codec, name = self._codec, self.name
+        told = tail_changes(
+            site.client, self.filter(), since, MAX_UNREAD_CHANGES, codec.try_current
+        )
         try:
             async for op, change, before, is_last in told:
                 yield Change(
                     op,
                     change.key,
-                    None if before is None else self._codec.decode(before),
-                    None if change.value is None else self._codec.decode(change.value),
+                    None if before is None else codec.decode_current(before, name, change.key),
+                    None
+                    if change.value is None
+                    else codec.decode_current(change.value, name, change.key),
                     change.revision,
                     is_last,
                 )
@@ -388,11 +425,13 @@ class Collection(Generic[R]):
         if where is not None:
             node = predicate(where, self.fields)
             test = compile_predicate(node)
-            allowed = tuple((n, tuple(v)) for n, v in sorted(equalities(node).items()))
-            wanted = msgspec.structs.replace(wanted, where=allowed)
+            if self._codec.migrate is None:
+                allowed = tuple((n, tuple(v)) for n, v in sorted(equalities(node).items()))
+                wanted = msgspec.structs.replace(wanted, where=allowed)
         views: list[View] = []
         for site in self._sites.sites_of(self._one_session()):
-            listener = _Listener(self._codec, test, callback, is_silent=not include_initial_state)
+            is_silent = not include_initial_state
+            listener = _Listener(self._codec, self.name, test, callback, is_silent=is_silent)
             views.append(View(site.client, site.writes, wanted, listener.hear))
         return Subscribed(views)
 
@@ -405,7 +444,49 @@ class Collection(Generic[R]):
 
     def as_source(self) -> SourceRef[R]:
         """Return what a query keeps of this collection."""
-        return SourceRef(self.name, self.session, self.fields, self.row_type)
+        codec = self._codec
+        return SourceRef(
+            self.name,
+            self.session,
+            self.fields,
+            self.row_type,
+            self.key,
+            codec.version,
+            codec.migrate,
+        )
+
+    @property
+    def site(self) -> Site:
+        """The partition that holds the rows of its one session."""
+        return self._sites.site_of(self._one_session())
+
+    def in_session(self, session: str) -> Collection[R]:
+        """Return the collection of that name in one session."""
+        return Collection(
+            self._sites,
+            self.name,
+            self.row_type,
+            key=self.key,
+            session=session,
+            version=self._codec.version,
+            migrate=self._codec.migrate,
+        )
+
+    def decode_row(self, value: bytes, key: str = "") -> R:
+        """Return a stored row as its type."""
+        return self._codec.decode(value, self.name, key)
+
+    def fields_in(self, value: bytes, key: str = "") -> dict[str, Any]:
+        """Return a stored row's fields by wire name, as rows of this version have them."""
+        return msgspec.json.decode(self._codec.current(value, self.name, key))
+
+    def patched(self, value: bytes, patch: Patch) -> bytes:
+        """Return a stored row with a patch made."""
+        return self._codec.patch(self.name, value, patch.fields or {}, patch.key)
+
+    def patch_of(self, key: str, changes: Mapping[str, Any]) -> Patch:
+        """Return the change of a row as an intent, for a commit that someone else makes."""
+        return Patch(self.name, key, self._codec, self._codec.prepare(self.name, changes, key))
 
     def filter(self) -> Filter:
         """Return the filter that all rows of this collection pass."""
@@ -464,13 +545,28 @@ class Collection(Generic[R]):
         found = [each for view in views for each in view.rows()]
         if len(views) > 1:
             found.sort(key=lambda each: each[0])
-        return found
+        return [each for each in found if self._current(each[0], each[1].value) is not None]
+
+    def _current(self, place: tuple[str, str], stored: bytes) -> bytes | None:
+        """Return a row as rows of this version are stored; None, and logged once, if that fails."""
+        if self._codec.is_current(stored):
+            return stored
+        known = self._currents.get(place)
+        if known is not None and known[0] is stored:
+            return known[1]
+        current = self._codec.try_current(stored, self.name, place[1])
+        if len(self._currents) > MAX_DECODED:
+            self._currents.clear()
+        self._currents[place] = (stored, current)
+        return current
 
     def _decode(self, place: tuple[str, str], row: StoredRow) -> R:
         known = self._decoded.get(place)
         if known is not None and known[0] is row.value:
             return known[1]
-        decoded = self._codec.decode(row.value)
+        current = self._current(place, row.value)
+        assert current is not None, place
+        decoded = self._codec.decode_current(current, self.name, place[1])
         if len(self._decoded) > MAX_DECODED:
             self._decoded.clear()
         self._decoded[place] = (row.value, decoded)
@@ -505,7 +601,7 @@ class Collection(Generic[R]):
                 f"{self.name}[{key!r}] is not here yet, so there is no draft to change. Await "
                 f"ready() first, or give a mapping.",
             )
-        draft = Draft(self._codec.fields_of(shown.value))
+        draft = Draft(self._codec.fields_of(shown.value, self.name, key))
         result = fn(draft)
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
@@ -585,12 +681,14 @@ class _Listener(Generic[R]):
     def __init__(
         self,
         codec: RowCodec[R],
+        collection: str,
         test: Callable[[dict[str, Any]], object] | None,
         callback: Callable[[list[Change[R]]], object],
         *,
         is_silent: bool,
     ) -> None:
         self._codec = codec
+        self._collection = collection
         self._test = test
         self._callback = callback
         self._is_silent = is_silent
@@ -610,6 +708,10 @@ class _Listener(Generic[R]):
     def _advance(self, event: RowEvent, *, is_silent: bool) -> Change[R] | None:
         place = (event.session, event.key)
         row = event.row
+        if row is not None:
+            # One that cannot be read is as good as gone.
+            value = self._codec.try_current(row.value, self._collection, event.key)
+            row = None if value is None else StoredRow(row.revision, value)
         if row is not None and self._test is not None:
             row = row if self._test(msgspec.json.decode(row.value)) is True else None
         before = self._known.pop(place, None)
@@ -622,10 +724,13 @@ class _Listener(Generic[R]):
         return Change(
             "insert" if before is None else "delete" if row is None else "update",
             event.key,
-            None if before is None else self._codec.decode(before.value),
-            None if row is None else self._codec.decode(row.value),
+            None if before is None else self._decode(event.key, before),
+            None if row is None else self._decode(event.key, row),
             row.revision if row is not None else 0,
         )
+
+    def _decode(self, key: str, row: StoredRow) -> R:
+        return self._codec.decode_current(row.value, self._collection, key)
 
 
 class Draft:
@@ -668,6 +773,14 @@ def _ignore(events: Sequence[RowEvent]) -> None:
 
 
 def _restore(
-    sites: Sites, name: str, row_type: type[Any] | None, key: str, session: str | None
+    sites: Sites,
+    name: str,
+    row_type: type[Any] | None,
+    key: str,
+    session: str | None,
+    version: int,
+    migrate: Migrate | None,
 ) -> Collection[Any]:
-    return Collection(sites, name, row_type, key=key, session=session)
+    return Collection(
+        sites, name, row_type, key=key, session=session, version=version, migrate=migrate
+    )

@@ -6,12 +6,13 @@ Ray has one cluster per process, so stores are told apart by the name of their d
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeAlias
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from aidb_ray.errors import UnavailableError
 
@@ -25,13 +26,12 @@ class Holders:
     """The connections of this process that use the same stores.
 
     They may live in several event loops and threads.
-
-    Attributes:
-        count: Connections that have not left yet.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        # The event loop that made each. One that nobody holds any more, and so nobody can close,
+        # is forgotten.
+        self._loops: WeakKeyDictionary[object, asyncio.AbstractEventLoop] = WeakKeyDictionary()
         self._endings: dict[str, Ending] = {}
         self._guard = threading.Lock()
         self._turn = threading.Lock()
@@ -59,15 +59,24 @@ class Holders:
         finally:
             self._turn.release()
 
-    def join(self) -> None:
-        """Count one more connection."""
-        with self._guard:
-            self.count += 1
+    @property
+    def count(self) -> int:
+        """Connections that have neither left nor been dropped."""
+        return len(self._loops)
 
-    def leave(self) -> None:
-        """Count one connection less; the last one ends the stores in its turn."""
+    def join(self, connection: object) -> None:
+        """Count a connection of this event loop."""
         with self._guard:
-            self.count -= 1
+            self._loops[connection] = asyncio.get_running_loop()
+
+    def leave(self, connection: object) -> None:
+        """Count it no more; the last one ends the stores in its turn."""
+        with self._guard:
+            self._loops.pop(connection, None)
+            is_loop_closed = any(loop.is_closed() for loop in self._loops.values())
+        if is_loop_closed:
+            # Its connection may be garbage that was never closed, and not be collected yet.
+            gc.collect()
 
     def leave_running(self, name: str, end: Ending) -> None:
         """Let the last connection call `end`; of one name only the newest is kept."""

@@ -45,14 +45,13 @@ class RowEvent(NamedTuple):
 class Write(msgspec.Struct, gc=False, eq=False):
     """One outstanding write of one row; `value` is None for a delete, `owner` its transaction.
 
-    `below` is the write that this one was made on, while both are outstanding. What a write
-    refers to refers back only until it is settled, and all are: the collector need not look.
+    What a write refers to refers back only until it is settled, and all are: the collector need
+    not look.
     """
 
     where: Where
     value: bytes | None
     owner: object
-    below: Write | None
 
 
 OnEvents: TypeAlias = Callable[[Sequence[RowEvent]], None]
@@ -68,15 +67,17 @@ class LocalWrites:
 
     def __init__(self) -> None:
         self.unsent = 0
-        self._newest: dict[Where, Write] = {}
+        # Of each row in order, the newest last. No write refers to another: a chain of a million
+        # could be neither walked for each that ends nor freed, which recurses in C.
+        self._outstanding: dict[Where, dict[Write, None]] = {}
         self._durable: OrderedDict[Where, tuple[int, bytes | None]] = OrderedDict()
         self._durable_bytes = 0
         self._views: dict[tuple[str, str | None], dict[View, None]] = {}
 
     def add(self, where: Where, value: bytes | None, owner: object) -> Write:
         """Show a write that is on its way."""
-        write = Write(where, value, owner, self._newest.get(where))
-        self._newest[where] = write
+        write = Write(where, value, owner)
+        self._outstanding.setdefault(where, {})[write] = None
         if self._views:
             self._tell(where)
         return write
@@ -101,12 +102,12 @@ class LocalWrites:
 
     def latest_owner(self, where: Where) -> object | None:
         """Return the transaction of the newest outstanding write of a row, if there is one."""
-        write = self._newest.get(where)
+        write = self._newest(where)
         return None if write is None else write.owner
 
     def is_outstanding(self, where: Where) -> bool:
         """Whether a write of this row is still on its way."""
-        return where in self._newest
+        return where in self._outstanding
 
     def look(
         self, where: Where, synced: StoredRow | None, told: int = 0
@@ -117,7 +118,7 @@ class LocalWrites:
         writes up to there.
         """
         base = self.durable(where, synced, told)
-        write = self._newest.get(where)
+        write = self._newest(where)
         if write is None:
             return base, True
         if write.value is None:
@@ -136,7 +137,7 @@ class LocalWrites:
 
     def knows(self, where: Where) -> bool:
         """Whether this process wrote the row lately, so that it can be read unsynced."""
-        return where in self._newest or where in self._durable
+        return where in self._outstanding or where in self._durable
 
     def attach(self, view: View) -> None:
         """Tell a view of own writes to its collection from now on."""
@@ -156,7 +157,7 @@ class LocalWrites:
         is_split = wanted.buckets is not None
         return [
             (session, key)
-            for session, collection, key in dict.fromkeys([*self._durable, *self._newest])
+            for session, collection, key in dict.fromkeys([*self._durable, *self._outstanding])
             if collection == wanted.collection
             and wanted.covers(session, bucket_of(session) if is_split else 0)
         ]
@@ -172,18 +173,16 @@ class LocalWrites:
             for place in dict.fromkeys([*synced, *self.places(wanted)])
         ]
 
+    def _newest(self, where: Where) -> Write | None:
+        writes = self._outstanding.get(where)
+        return None if writes is None else next(reversed(writes))
+
     def _remove(self, write: Write) -> None:
-        """Take a write out of those that are outstanding."""
-        above = self._newest[write.where]
-        if above is not write:
-            while above.below is not write:
-                assert above.below is not None, "a write is settled once"
-                above = above.below
-            above.below = write.below
-        elif write.below is not None:
-            self._newest[write.where] = write.below
-        else:
-            del self._newest[write.where]
+        """Take a write out of those that are outstanding; a write is settled once."""
+        writes = self._outstanding[write.where]
+        del writes[write]
+        if not writes:
+            del self._outstanding[write.where]
 
     def _keep(self, where: Where, revision: int, value: bytes | None) -> None:
         durable = self._durable

@@ -304,7 +304,9 @@ class CommitLog:
         """
         if after < self.oldest_revision():
             raise self._compacted(after)
-        tail, heads = self._writer.tail, self._writer.heads
+        # The tail first, see `LogWriter.heads`.
+        tail = self._writer.tail
+        heads = tuple(head for head in self._writer.heads if head.number <= tail.segment)
         start = first_needed(heads, after)
         ends = [*(head.prev_end for head in heads[start + 1 :]), tail.offset]
         for head, end in zip(heads[start:], ends, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 from zlib import crc32
 
 import msgspec
@@ -15,24 +15,40 @@ from aidb_ray.store.changes import (
     Append,
     Batch,
     ChunkColumns,
+    Claim,
     ClaimBuckets,
     Commit,
     Committed,
     Delete,
+    Disown,
+    Held,
     Insert,
     Mutation,
     Refusal,
+    Release,
+    Renew,
     Runner,
     StoredRow,
     Update,
     encode,
 )
-from aidb_ray.store.claims import RunnerEpochs
+from aidb_ray.store.claims import (
+    CLAIMS,
+    LOG_TICKS_MS,
+    ClaimRecord,
+    Lease,
+    Place,
+    RunnerEpochs,
+    claim_key,
+    decode_claim,
+)
 from aidb_ray.store.columns import EMPTY
 from aidb_ray.store.tables import (
     APPEND,
     CLIENTS,
     EPOCHS,
+    HOLDERS,
+    LEASES,
     PUT,
     REMOVE,
     SYSTEM,
@@ -48,6 +64,7 @@ Where: TypeAlias = tuple[str, str, str]
 """(session, collection, key)"""
 
 _UNKNOWN = StoredRow(-1, b"")
+_OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown})
 
 
 class _End:
@@ -59,6 +76,20 @@ class _End:
         self.home = home
         self.before = row
         self.after = row
+
+
+class _Claiming:
+    """What one commit does to claims and leases, until it is accepted."""
+
+    __slots__ = ("disowned", "holds", "leases", "token")
+
+    def __init__(self, token: int = 0) -> None:
+        # Of the claim under which the commit is made.
+        self.token = token
+        # Of each place: who held it before, and the holder and token from now on.
+        self.holds: list[tuple[Place, str | None, tuple[str, int] | None]] = []
+        self.leases: dict[str, Lease] = {}
+        self.disowned: list[str] = []
 
 
 class Plan:
@@ -80,6 +111,8 @@ class Plan:
         self._epoch = epoch
         self._overlay: dict[Where, StoredRow | None] = {}
         self._streams: dict[tuple[str, str], tuple[int, str]] = {}
+        self._claims: dict[str, dict[Place, int]] = {}
+        self._leases: dict[str, Lease | None] = {}
         self._chunk_count = 0
         self.first_revision = tables.revision + 1
         self.revision = tables.revision
@@ -110,8 +143,7 @@ class Plan:
     def drop_client(self, client_id: int) -> None:
         """Forget a client; its batches are refused from then on."""
         self.clients[client_id] = None
-        self._write(self.revision, REMOVE, SYSTEM, CLIENTS, str(client_id), None)
-        self.system.append((CLIENTS, str(client_id), None))
+        self._put_system(self.revision, CLIENTS, str(client_id), None)
 
     def add_batch(self, batch: Batch, raw: bytes) -> Committed | Refusal:
         """Plan a client's batch, or answer it as before if it is one that was applied already."""
@@ -142,6 +174,22 @@ class Plan:
         )
         return outcome
 
+    def end_leases(self) -> None:
+        """End the leases whose time is over, unless they were renewed in this plan."""
+        leases = self._tables.leases
+        claiming = _Claiming()
+        ends: dict[Where, _End] = {}
+        for holder in leases.expired():
+            lease = self._lease_of(holder)
+            if lease is not None and lease.ends_at_ms <= leases.now_ms:
+                self._disown(holder, ends, claiming)
+        if claiming.disowned:
+            self.revision += 1
+            self._accept_rows(self.revision, ends)
+            self._accept_claims(self.revision, claiming)
+        if leases.holders and leases.now_ms - leases.logged_ms >= LOG_TICKS_MS:
+            self._put_system(self.revision, LEASES, "now", encode(leases.now_ms))
+
     def _client(self, client_id: int) -> ClientRecord | None:
         if client_id in self.clients:
             return self.clients[client_id]
@@ -149,28 +197,39 @@ class Plan:
 
     def _set_client(self, client_id: int, record: ClientRecord) -> None:
         self.clients[client_id] = record
-        value = encode(record)
-        self._write(self.revision, PUT, SYSTEM, CLIENTS, str(client_id), value)
-        self.system.append((CLIENTS, str(client_id), StoredRow(self.revision, value)))
+        self._put_system(self.revision, CLIENTS, str(client_id), encode(record))
 
     def _add_commit(self, commit: Commit, chunks: ChunkColumns) -> Refusal | None:
         revision = self.revision + 1
         ends: dict[Where, _End] = {}
         streams: dict[tuple[str, str], tuple[int, str]] = {}
         claims: list[ClaimBuckets] = []
-        runner = commit.runner
+        runner, held = commit.runner, commit.held
+        claiming: _Claiming | None = None
+        if held is not None:
+            claiming = _Claiming(held.token)
+            refusal = self._check_held(held, ends)
+            if refusal is not None:
+                return refusal
         for mutation in commit.mutations:
-            if isinstance(mutation, ClaimBuckets):
+            kind = type(mutation)
+            refusal = None
+            if runner is not None and kind not in _OF_NO_SESSION:
+                refusal = self._fence(runner, cast("Insert", mutation).session)
+            if refusal is not None:
+                return refusal
+            # Most are inserts and updates, and of those there are many.
+            if kind is Insert or kind is Update:
+                refusal = self._plan_row(cast("Insert | Update", mutation), revision, ends)
+            elif isinstance(mutation, Append):
+                refusal = self._plan_append(mutation, chunks, streams)
+            elif isinstance(mutation, ClaimBuckets):
                 if not 0 <= mutation.low < mutation.high <= BUCKETS:
                     return Refusal("invalid_buckets")
                 claims.append(mutation)
-                continue
-            refusal = None if runner is None else self._fence(runner, mutation.session)
-            if refusal is None:
-                if isinstance(mutation, Append):
-                    refusal = self._plan_append(mutation, chunks, streams)
-                else:
-                    refusal = self._plan_row(mutation, revision, ends)
+            else:
+                claiming = claiming or _Claiming()
+                refusal = self._plan_other(mutation, revision, ends, claiming)
             if refusal is not None:
                 return refusal
         self.revision = revision
@@ -180,7 +239,30 @@ class Plan:
         self._accept_rows(revision, ends)
         for claim in claims:
             self._claim(claim, revision)
+        if claiming is not None:
+            self._accept_claims(revision, claiming)
         return None
+
+    def _plan_other(
+        self,
+        mutation: Mutation,
+        revision: int,
+        ends: dict[Where, _End],
+        claiming: _Claiming,
+    ) -> Refusal | None:
+        """Plan what has to do with claims."""
+        match mutation:
+            case Delete():
+                refusal = self._plan_row(mutation, revision, ends)
+                if refusal is None:
+                    self._forget_claim(mutation, ends, claiming)
+                return refusal
+            case Claim() | Release():
+                return self._plan_claim(mutation, revision, ends, claiming)
+            case Renew() | Disown():
+                return self._plan_lease(mutation, ends, claiming)
+            case _:
+                raise AssertionError(mutation)
 
     def _plan_row(
         self, mutation: Insert | Update | Delete, revision: int, ends: dict[Where, _End]
@@ -258,6 +340,172 @@ class Plan:
         resource = f"{runner.agent} in {session}"
         return Refusal("fenced", key=resource, expected=current, got=runner.epoch)
 
+    # Claims of rows.
+
+    def _claim_end(self, place: Place, ends: dict[Where, _End]) -> _End:
+        where = (place[0], CLAIMS, claim_key(place[1], place[2]))
+        end = ends.get(where)
+        if end is None:
+            end = ends[where] = self._look(where)
+        return end
+
+    def _check_held(self, held: Held, ends: dict[Where, _End]) -> Refusal | None:
+        end = self._claim_end((held.session, held.collection, held.key), ends)
+        record = None if end.after is None else decode_claim(end.after.value)
+        if record is not None and record.state == "held" and record.token == held.token:
+            return None
+        return _stale(held, record)
+
+    def _plan_claim(
+        self,
+        mutation: Claim | Release,
+        revision: int,
+        ends: dict[Where, _End],
+        claiming: _Claiming,
+    ) -> Refusal | None:
+        place = (mutation.session, mutation.collection, mutation.key)
+        end = self._claim_end(place, ends)
+        record = None if end.after is None else decode_claim(end.after.value)
+        if isinstance(mutation, Claim) and record is not None and record.token == claiming.token:
+            # Its own claim, which the commit's `held` has shown to be current.
+            taken = msgspec.structs.replace(record, note=mutation.note)
+        elif isinstance(mutation, Claim):
+            refusal = self._plan_taking(mutation, end.after, record, revision, ends)
+            if refusal is not None:
+                return refusal
+            known = record or ClaimRecord(mutation.collection, mutation.key)
+            taken = msgspec.structs.replace(
+                known,
+                effect=mutation.effect,
+                holder=mutation.holder,
+                token=revision,
+                attempt=known.attempt + 1,
+                state="held",
+                note=mutation.note,
+            )
+            claiming.holds.append((place, None, (mutation.holder, revision)))
+            now_ms = self._tables.leases.now_ms
+            claiming.leases[mutation.holder] = Lease(now_ms, mutation.lease_ms)
+        elif record is None or record.token != mutation.token:
+            return _stale(mutation, record)
+        elif record.state != "held":
+            return None if record.state == mutation.state else _stale(mutation, record)
+        else:
+            taken = msgspec.structs.replace(
+                record,
+                holder="",
+                state=mutation.state,
+                orphaned=record.orphaned + (mutation.state == "orphan"),
+            )
+            claiming.holds.append((place, record.holder, None))
+        end.after = StoredRow(revision, taken.encode())
+        return None
+
+    def _plan_taking(
+        self,
+        wanted: Claim,
+        stored: StoredRow | None,
+        record: ClaimRecord | None,
+        revision: int,
+        ends: dict[Where, _End],
+    ) -> Refusal | None:
+        where = (wanted.session, wanted.collection, wanted.key)
+        if where[0] == SYSTEM or where[1].startswith("~"):
+            return Refusal("reserved_name", wanted.collection, wanted.key)
+        row = (ends.get(where) or self._look(where)).after
+        if row is None:
+            return Refusal("missing", wanted.collection, wanted.key)
+        if wanted.base not in (row.revision, 0) and row.revision != revision:
+            return Refusal("conflict", wanted.collection, wanted.key, row.value, row.revision)
+        if record is not None and record.state == "held":
+            return Refusal("claimed", wanted.collection, wanted.key, expected=record.token)
+        if (
+            stored is not None
+            and record is not None
+            and wanted.attempts not in (-1, record.attempt)
+        ):
+            return Refusal(
+                "claim_changed", wanted.collection, wanted.key, stored.value, stored.revision
+            )
+        return None
+
+    def _plan_lease(
+        self, mutation: Renew | Disown, ends: dict[Where, _End], claiming: _Claiming
+    ) -> Refusal | None:
+        holder = mutation.holder
+        if isinstance(mutation, Disown):
+            for each in self._holders_like(holder):
+                self._disown(each, ends, claiming)
+        elif self._lease_of(holder) is None and holder not in claiming.leases:
+            return Refusal("unknown_holder", key=holder)
+        else:
+            claiming.leases[holder] = Lease(self._tables.leases.now_ms, mutation.lease_ms)
+        return None
+
+    def _disown(self, holder: str, ends: dict[Where, _End], claiming: _Claiming) -> None:
+        """Make orphans of all that a holder has claimed, and end its lease."""
+        claiming.disowned.append(holder)
+        for place in self._claims_of(holder):
+            end = self._claim_end(place, ends)
+            record = None if end.after is None else decode_claim(end.after.value)
+            if record is None or record.holder != holder:
+                # Released or deleted in this very commit.
+                continue
+            orphan = msgspec.structs.replace(
+                record, holder="", state="orphan", orphaned=record.orphaned + 1
+            )
+            end.after = StoredRow(self.revision + 1, orphan.encode())
+            claiming.holds.append((place, holder, None))
+
+    def _forget_claim(self, deleted: Delete, ends: dict[Where, _End], claiming: _Claiming) -> None:
+        place = (deleted.session, deleted.collection, deleted.key)
+        end = self._claim_end(place, ends)
+        if end.after is not None:
+            record = decode_claim(end.after.value)
+            if record.state == "held":
+                claiming.holds.append((place, record.holder, None))
+            end.after = None
+
+    def _claims_of(self, holder: str) -> dict[Place, int]:
+        claims = self._claims.get(holder)
+        if claims is None:
+            claims = self._claims[holder] = dict(self._tables.leases.claims_of(holder))
+        return claims
+
+    def _holders_like(self, prefix: str) -> list[str]:
+        known = {**self._tables.leases.holders, **self._leases}
+        return [name for name, lease in known.items() if lease and name.startswith(prefix)]
+
+    def _lease_of(self, holder: str) -> Lease | None:
+        if holder in self._leases:
+            return self._leases[holder]
+        return self._tables.leases.holders.get(holder)
+
+    def _accept_claims(self, revision: int, claiming: _Claiming) -> None:
+        for place, before, held in claiming.holds:
+            key = "\0".join(place)
+            if before is not None:
+                self._claims_of(before).pop(place, None)
+            if held is None:
+                self._put_system(revision, CLAIMS, key, None)
+            else:
+                holder, token = held
+                self._claims_of(holder)[place] = token
+                self._put_system(revision, CLAIMS, key, encode(held))
+        for holder, lease in claiming.leases.items():
+            if lease != self._lease_of(holder):
+                self._leases[holder] = lease
+                self._put_system(revision, HOLDERS, holder, encode(lease))
+        for holder in claiming.disowned:
+            if self._lease_of(holder) is not None:
+                self._leases[holder] = None
+                self._put_system(revision, HOLDERS, holder, None)
+
+    def _put_system(self, revision: int, collection: str, key: str, value: bytes | None) -> None:
+        row = None if value is None else StoredRow(revision, value)
+        self._write(revision, REMOVE if row is None else PUT, SYSTEM, collection, key, value)
+        self.system.append((collection, key, row))
+
     def _accept_appends(
         self, mutations: Sequence[Mutation], revision: int, chunks: ChunkColumns
     ) -> None:
@@ -275,7 +523,7 @@ class Plan:
     def _accept_rows(self, revision: int, ends: dict[Where, _End]) -> None:
         for where, end in ends.items():
             before, after = end.before, end.after
-            if before is None and after is None:
+            if before is after:
                 continue
             _, collection, key = where
             home = end.home
@@ -290,9 +538,7 @@ class Plan:
             self.epochs.get(claim.agent) or self._tables.epochs.get(claim.agent) or RunnerEpochs()
         )
         self.epochs[claim.agent] = holders = holders.claim(claim.low, claim.high, revision)
-        value = holders.encode()
-        self._write(revision, PUT, SYSTEM, EPOCHS, claim.agent, value)
-        self.system.append((EPOCHS, claim.agent, StoredRow(revision, value)))
+        self._put_system(revision, EPOCHS, claim.agent, holders.encode())
 
     def _write(
         self,
@@ -310,3 +556,8 @@ class Plan:
         log.collections.append(collection)
         log.keys.append(key)
         log.values.append(value)
+
+
+def _stale(wanted: Held | Release, record: ClaimRecord | None) -> Refusal:
+    current = 0 if record is None or record.state != "held" else record.token
+    return Refusal("stale_claim", wanted.collection, wanted.key, expected=current, got=wanted.token)

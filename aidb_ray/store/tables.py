@@ -24,7 +24,7 @@ from aidb_ray.store.changes import (
     bucket_of,
     encode,
 )
-from aidb_ray.store.claims import RunnerEpochs, decode_epochs
+from aidb_ray.store.claims import CLAIMS, Lease, Leases, Place, RunnerEpochs, decode_epochs
 from aidb_ray.store.columns import EMPTY, cut
 from aidb_ray.store.presence import NamePresence
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 PUT, REMOVE, APPEND = 1, 2, 3
 SYSTEM = "~"
-"""The session that holds the store's own rows: clients and runner epochs."""
-CLIENTS, EPOCHS, STREAMS = "clients", "epochs", "~streams"
+"""The session of the store's own rows: clients, runner epochs, leases and what is claimed."""
+CLIENTS, EPOCHS, HOLDERS, LEASES, STREAMS = "clients", "epochs", "holders", "leases", "~streams"
 
 _ROW_WEIGHT, _SESSION_WEIGHT, _RUN_WEIGHT = 200, 800, 200
 _MAX_STEPS = 4_096
@@ -199,6 +199,10 @@ class Entry:
         return Change(self.revision, self.home.name, self.collection, self.key, value, is_new)
 
 
+_decode_held = msgspec.msgpack.Decoder(tuple[str, int]).decode
+_decode_lease = msgspec.msgpack.Decoder(Lease).decode
+
+
 class LogColumns(NamedTuple):
     """The rows of one flush as columns for the log."""
 
@@ -222,6 +226,7 @@ class Tables:
         self.revision = 0
         self.clients: dict[int, ClientRecord] = {}
         self.epochs: dict[str, RunnerEpochs] = {}
+        self.leases = Leases()
         self.sessions: dict[str, SessionRows] = {}
         self.presence: NamePresence | None = None
         self.weight = 0
@@ -260,12 +265,10 @@ class Tables:
         return self.peek(session).collections.get(collection, {}).get(key)
 
     def load_system(self) -> None:
-        """Read clients and epochs back from the system session."""
-        system = self.session(SYSTEM).collections
-        for key, row in system.get(CLIENTS, {}).items():
-            self.clients[int(key)] = msgspec.msgpack.decode(row.value, type=ClientRecord)
-        for agent, row in system.get(EPOCHS, {}).items():
-            self.epochs[agent] = decode_epochs(row.value)
+        """Read what the system session holds back into the values that it stands for."""
+        for collection, rows in self.session(SYSTEM).collections.items():
+            for key, row in rows.items():
+                self._replay_system(collection, key, None, row)
 
     def rest_in(self, load: Load, walked: Iterable[str]) -> None:
         """Load from a newer snapshot from now on, for which the sessions in `walked` were read."""
@@ -316,19 +319,37 @@ class Tables:
                 after = None if op == REMOVE else StoredRow(revision, value or b"")
                 before = session.put(collection, key, after)
                 if name == SYSTEM:
-                    self._replay_system(collection, key, after)
+                    self._replay_system(collection, key, before, after)
                 else:
                     yield Entry(revision, session, collection, key, before, after)
             self.weight += session.weight - weight
 
-    def _replay_system(self, collection: str, key: str, after: StoredRow | None) -> None:
+    def _replay_system(
+        self, collection: str, key: str, before: StoredRow | None, after: StoredRow | None
+    ) -> None:
         if collection == CLIENTS:
             if after is None:
                 self.clients.pop(int(key), None)
             else:
                 self.clients[int(key)] = msgspec.msgpack.decode(after.value, type=ClientRecord)
-        elif after is not None:
-            self.epochs[key] = decode_epochs(after.value)
+        elif collection == EPOCHS:
+            if after is not None:
+                self.epochs[key] = decode_epochs(after.value)
+        else:
+            self._put_lease(collection, key, before, after)
+
+    def _put_lease(
+        self, collection: str, key: str, before: StoredRow | None, after: StoredRow | None
+    ) -> None:
+        if collection == CLAIMS:
+            session, name, row = key.split("\0")
+            place: Place = (session, name, row)
+            held = None if after is None else _decode_held(after.value)
+            self.leases.put_claim(place, before and _decode_held(before.value)[0], held)
+        elif collection == HOLDERS:
+            self.leases.put_holder(key, after and _decode_lease(after.value))
+        elif collection == LEASES and after is not None:
+            self.leases.resume_at(msgspec.msgpack.decode(after.value, type=int))
 
     def apply(self, plan: Plan, place: tuple[int, int]) -> list[Entry]:
         """Make a plan so, once the log holds it at `place`; returns its changes in order."""
@@ -348,7 +369,9 @@ class Tables:
         weight = system.weight
         for collection, key, row in plan.system:
             system.is_dirty = True
-            system.put(collection, key, row)
+            before = system.put(collection, key, row)
+            if collection not in (CLIENTS, EPOCHS):
+                self._put_lease(collection, key, before, row)
         self.weight += added + system.weight - weight
         for client_id, record in plan.clients.items():
             if record is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
+
+import msgspec
 
 from aidb_ray.errors import CompactedError, ConflictError, SlowConsumerError
 from aidb_ray.store.changes import Change, Filter, FoundRow
@@ -16,13 +18,17 @@ MAX_REMEMBERED_ROWS = 10_000
 Told: TypeAlias = tuple[Literal["insert", "update", "delete"], Change, bytes | None, bool]
 """(op, change, row before, whether no other change of its commit follows)"""
 
+Read: TypeAlias = Callable[[bytes, str, str], bytes | None]
+"""Makes of a stored row, collection and key the row to tell of, None if there is none."""
+
 
 async def tail_changes(
-    client: StoreClient, wanted: Filter, since: int | None, max_unread: int
+    client: StoreClient, wanted: Filter, since: int | None, max_unread: int, read: Read
 ) -> AsyncGenerator[Told, None]:
     """Yield changes after `since`, or from now on, once and in order.
 
-    The row before is None where it was last changed before this began, or long ago.
+    The row before is None where it was last changed before this began, or long ago. Rows are told
+    as `read` returns them, and changes to those of which it returns None are not told.
     """
     inbox = _Inbox(max_unread)
     before = _RowsBefore()
@@ -39,12 +45,13 @@ async def tail_changes(
         # The feed may be behind; what it has yet to tell is older than "from now on".
         inbox.last = newest if since is None else since
         if since is not None and since < started:
-            for change, is_last in _marked(await client.changes_between(wanted, since, started)):
+            missed = await client.changes_between(wanted, since, started)
+            for change, is_last in _marked(missed, read):
                 yield *before.advance(change), is_last
             inbox.last = started
         while True:
             while commit := inbox.take_commit():
-                for change, is_last in _marked(commit):
+                for change, is_last in _marked(commit, read):
                     yield *before.advance(change), is_last
                 inbox.last = commit[0].revision
             inbox.check_lost(client.feed.cursor)
@@ -54,11 +61,21 @@ async def tail_changes(
         client.feed.unsubscribe(subscription)
 
 
-def _marked(changes: Sequence[Change]) -> Iterator[tuple[Change, bool]]:
-    """Yield changes with whether each is the last of its commit."""
-    for at, change in enumerate(changes):
-        is_end = at + 1 == len(changes)
-        yield change, is_end or changes[at + 1].revision != change.revision
+def _marked(changes: Sequence[Change], read: Read) -> Iterator[tuple[Change, bool]]:
+    """Yield changes as they are told, with whether each is the last of its commit."""
+    told = [change for each in changes if (change := _told(each, read)) is not None]
+    for at, change in enumerate(told):
+        is_end = at + 1 == len(told)
+        yield change, is_end or told[at + 1].revision != change.revision
+
+
+def _told(change: Change, read: Read) -> Change | None:
+    if change.value is None:
+        return change
+    value = read(change.value, change.collection, change.key)
+    if value is change.value or value is None:
+        return None if value is None else change
+    return msgspec.structs.replace(change, value=value)
 
 
 class _Inbox:

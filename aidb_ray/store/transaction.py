@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from aidb_ray.store.changes import Delete, Insert, Mutation, StoredRow, Update
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.local import LocalWrites, Write
 from aidb_ray.store.rows import RowCodec
+from aidb_ray.store.versions import unstamp
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Transaction:
         revision: Revision of the commit, 0 until it is durable.
         is_done: Whether it has ended, however it did.
         is_part: Whether it is committed with others, so that it cannot be awaited by itself.
+        explain: Awaited with the error when someone awaits a write that was refused; it may raise
+            one that says more.
         goes_with_earlier: Whether it makes sense only on top of outstanding writes: see `follow`.
     """
 
@@ -85,6 +88,7 @@ class Transaction:
         "_waiter",
         "_was_told",
         "_writes",
+        "explain",
         "goes_with_earlier",
         "is_done",
         "is_part",
@@ -106,6 +110,7 @@ class Transaction:
         self.is_part = False
         self.is_queued = False
         self.goes_with_earlier = False
+        self.explain: Callable[[Exception], Awaitable[None]] | None = None
         self._earlier: Sequence[Transaction] = ()
         self._dependents: list[Transaction] = []
         self._intents = intents
@@ -134,6 +139,8 @@ class Transaction:
             yield from self._wait()
         self._was_told = True
         if self._error is not None:
+            if self.explain is not None:
+                yield from self.explain(self._error).__await__()
             # One error may have ended many writes: a trace of this one only.
             raise self._error.with_traceback(None)
         return self
@@ -268,7 +275,7 @@ class Transaction:
             code="rolled_back",
             collection=intent.collection,
             key=intent.key,
-            current=None if row is None else msgspec.json.decode(row.value),
+            current=None if row is None else msgspec.json.decode(unstamp(row.value)[1]),
             revision=0 if row is None else row.revision,
         )
 
@@ -351,11 +358,12 @@ def _make(session: str, intent: Patch, row: StoredRow) -> Update | Delete:
     expected = intent.expected_revision
     if expected and row.revision != expected:
         raise _conflict(intent, row, f"is of revision {row.revision}, not {expected}", "conflict")
-    if intent.when is not None and not intent.when(msgspec.json.decode(row.value)):
+    codec, place = intent.codec, (intent.collection, intent.key)
+    if intent.when is not None and not intent.when(codec.stored_fields(row.value, *place)):
         raise _conflict(intent, row, "does not meet the condition", "condition_failed")
     if intent.fields is None:
         return Delete(session, intent.collection, intent.key, row.revision)
-    value = intent.codec.patch(intent.collection, row.value, intent.fields, intent.key)
+    value = codec.patch(intent.collection, row.value, intent.fields, intent.key)
     return Update(session, intent.collection, intent.key, value, row.revision)
 
 
@@ -393,6 +401,11 @@ def _conflict(intent: Patch, row: StoredRow, words: str, code: str) -> ConflictE
         code=code,
         collection=intent.collection,
         key=intent.key,
-        current=msgspec.json.decode(row.value),
+        current=_shown(intent.codec, row, intent),
         revision=row.revision,
     )
+
+
+def _shown(codec: RowCodec[Any], row: StoredRow, intent: Patch) -> dict[str, Any]:
+    current = codec.try_current(row.value, intent.collection, intent.key)
+    return msgspec.json.decode(unstamp(row.value)[1] if current is None else current)

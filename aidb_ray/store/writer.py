@@ -50,7 +50,8 @@ class LogWriter:
     disk holds is then unknown, and asking the kernel again would get a false yes.
 
     Attributes:
-        heads: All segments, oldest first; the last is the one being written.
+        heads: All segments, oldest first; the last is the one being written. Whoever reads
+            `tail` first, in whatever thread, finds its segment here, and perhaps one after it.
         tail: Where the next frame goes; all before it is durable.
         syncs: How many data syncs were made.
         bytes: How many bytes of frames were made durable.
@@ -167,10 +168,11 @@ class LogWriter:
         if self._next is not None:
             self._seal(live.fd, self._next.head)
             self._files.close(live.fd)
-            live = self._live = self._next
-            self._next = None
+            live, self._next = self._next, None
+            # First: who reads in another thread must find the segment that `tail` is in.
             with self._mutex:
                 self.heads = (*self.heads, live.head)
+            self._live = live
             needed = live.tail.offset + size + SEAL_BYTES
         return live if needed <= live.allocated else self._replace(needed)
 

@@ -68,8 +68,14 @@ def dedup_outside_log() -> None:
         draft.replace(paths[0])
         return entries
 
-    def replay_and_recall(self: Tables, collection: str, key: str, after: StoredRow | None) -> None:
-        replay(self, collection, key, after)
+    def replay_and_recall(
+        self: Tables,
+        collection: str,
+        key: str,
+        before: StoredRow | None,
+        after: StoredRow | None,
+    ) -> None:
+        replay(self, collection, key, before, after)
         if key in records:
             self.clients[int(key)] = records[key]
 

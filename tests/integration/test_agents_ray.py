@@ -36,11 +36,20 @@ async def where() -> int:
     return os.getpid()
 
 
+@tool
+async def talk() -> int:
+    """Print where users look for it."""
+    print("talk runs")  # noqa: T201
+    raise ValueError("talk fails")
+
+
 def play(messages: Sequence[ModelMessage]) -> Reply:
     last = messages[-1]
     if last.role == "tool":
         return f"In {last.content}."
-    return CallTool("where") if last.content == "where" else f"You said {last.content}."
+    if last.content in ("where", "talk"):
+        return CallTool(last.content)
+    return f"You said {last.content}."
 
 
 @pytest.fixture
@@ -65,6 +74,22 @@ class Visitor:
         found = self._database.agent(name)
         await found.ready()
         return (await found.send(text, session=session).reply(timeout_ms=SOON_MS)).content
+
+
+async def test_what_a_tool_prints_and_logs_is_seen_by_the_driver(
+    db: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = create_agent(durable_agent(name="talker", adapter=ScriptedModel(play), tools=[talk]))
+    await agent.send("talk", session="aidb://talker/1").reply(timeout_ms=SOON_MS)
+
+    printed = logged = ""
+    async with asyncio.timeout(SOON_MS / 1000):
+        # Ray brings it when it has read it from the process's files.
+        while "talk runs" not in printed or "ValueError: talk fails" not in logged:
+            await asyncio.sleep(0.1)
+            out, err = capsys.readouterr()
+            printed, logged = printed + out, logged + err
+    await agent.aclose()
 
 
 async def test_an_agent_works_in_its_own_process_and_its_handle_travels(

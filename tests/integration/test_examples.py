@@ -40,7 +40,7 @@ def run_example(name: str, directory: Path) -> str:
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert EXAMPLES == ["01_chat", "02_custom_schema", "03_replay", "04_live_query"]
+    assert len(EXAMPLES) >= 10
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -273,6 +273,26 @@ async def test_a_named_ref_finds_the_next_actor_of_that_name(
     assert await other.wait_alive() == await named.wait_alive() != pid
 
 
+async def test_a_pinned_ref_leaves_the_next_actor_of_its_name_alone(
+    named: RayRef[Probe], name: str
+) -> None:
+    await named.wait_alive()
+    other = await find(Probe, name)
+    assert other is not None
+    pinned = other.pinned()
+    assert await outcome_of_asking(pinned) == "answered"
+    await named.stop()
+    await spawn(Probe, ActorOptions(name=name, detached=True))
+    pid = await named.wait_alive()
+
+    async with asyncio.timeout(20):
+        while await outcome_of_asking(pinned) != "not_applied":
+            pass
+    await pinned.stop()
+
+    assert await named.wait_alive() == pid
+
+
 async def test_a_name_that_nobody_has() -> None:
     assert await find(Probe, "nobody") is None
     lost: RayRef[Probe] = RayRef(None, name="nobody")

@@ -5,7 +5,7 @@ Values are few, so that rows often join, order alike and are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
@@ -40,6 +40,7 @@ from aidb_ray.expressions import (
 from aidb_ray.query.builder import Query, QueryRoot, build
 from aidb_ray.query.clauses import Direction
 from aidb_ray.query.joins import JoinType
+from aidb_ray.query.outputs import Outputs
 from aidb_ray.query.query import UnionAll
 
 T = TypeVar("T")
@@ -145,14 +146,20 @@ def paths_of(source: Any) -> list[Path]:
             scope = query.scope
             if query.outputs is None and not query.is_joined:
                 return paths_of(next(iter(scope.values())))
-            outputs = query.outputs or [(alias, Reference(alias, ())) for alias in scope]
-            paths: list[Path] = []
-            for name, output in outputs:
-                if isinstance(output, Reference) and not output.path:
-                    paths += [(name, *path) for path in paths_of(scope[output.alias])]
-                else:
-                    paths.append((name,))
-            return paths
+            outputs = query.outputs or tuple([(alias, Reference(alias, ())) for alias in scope])
+            return _paths_in(outputs, scope)
+
+
+def _paths_in(outputs: Outputs, scope: Mapping[str, Any]) -> list[Path]:
+    paths: list[Path] = []
+    for name, output in outputs:
+        if isinstance(output, tuple):
+            paths += [(name, *path) for path in _paths_in(output, scope)]
+        elif isinstance(output, Reference) and not output.path:
+            paths += [(name, *path) for path in paths_of(scope[output.alias])]
+        else:
+            paths.append((name,))
+    return paths
 
 
 def always(value: T) -> Callable[[Ref], T]:
@@ -287,7 +294,6 @@ def _plain(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
         named["row"] = ref(query, pick(draw, list(query.scope)))
     if one_in(draw, 4):
         named["in"] = {"s": concat(pick(draw, values), "/"), "n": pick(draw, values)}
-        # Objects within are not among the values that `paths_of` knows.
     return query.select(always(named))
 
 
@@ -309,7 +315,7 @@ def _clauses(draw: st.DrawFn, query: Query[Any]) -> Query[Any]:
 
 def _union(draw: st.DrawFn, depth: int) -> Query[Any]:
     parts: list[Query[Any]] = []
-    for _ in range(2):
+    for _ in range(pick(draw, [2, 2, 2, 3])):
         query = _base(draw, depth)
         values = values_of(query)
         named = {name: pick(draw, values) for name in ("k", "n")}
@@ -319,7 +325,7 @@ def _union(draw: st.DrawFn, depth: int) -> Query[Any]:
         if one_in(draw, 4):
             query = query.distinct()
         parts.append(query)
-    return parts[0].union_all(parts[1])
+    return parts[0].union_all(*parts[1:])
 
 
 def _query(draw: st.DrawFn, depth: int) -> Query[Any]:

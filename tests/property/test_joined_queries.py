@@ -26,6 +26,7 @@ from aidb_ray.query.builder import Query
 from aidb_ray.query.groups import Groups
 from aidb_ray.query.joined import _Side
 from aidb_ray.query.operators import Pipeline, RowChange
+from aidb_ray.query.outputs import is_row, leaves
 from aidb_ray.query.query import UnionAll
 from tests.property.deltas import fold
 from tests.property.joined_questions import (
@@ -84,14 +85,23 @@ def _changes(pipeline: Pipeline[Any], commit: Commit, revision: int) -> list[Row
 
 def _traits(query: Query[Any]) -> set[str]:
     traits = {f"{join.join_type} join" for join in query.joins}
-    if len(query.sources) > 1:
-        traits.add("from several sources")
-    if query.is_grouped:
-        traits |= {"groups"} | ({"having"} if query.group_predicate else set[str]())
-    if query.is_distinct:
-        traits.add("distinct")
-    if query.window != (0, None):
-        traits.add("window")
+    outputs = query.outputs or ()
+    has = {
+        "from several sources": len(query.sources) > 1,
+        "three sources": len(query.scope) > 2,
+        "groups": query.is_grouped,
+        "groups over a join": query.is_grouped and query.is_joined,
+        "having": query.group_predicate is not None,
+        "order": bool(query.ordering),
+        "distinct": query.is_distinct,
+        "offset": query.skip > 0,
+        "limit": query.max_rows is not None,
+        "find one": query.is_single,
+        "synced": bool(query.reads_synced),
+        "object in select": any(isinstance(output, tuple) for _name, output in outputs),
+        "whole row in select": any(is_row(node) for node in leaves(outputs)),
+    }
+    traits |= {name for name, is_so in has.items() if is_so}
     for source in query.scope.values():
         match source:
             case SourceRef():
@@ -147,18 +157,26 @@ def run(
 
 EXPECTED = {
     "distinct",
+    "find one",
     "from several sources",
     "full join",
     "groups",
+    "groups over a join",
     "having",
     "inner join",
     "left join",
+    "limit",
+    "object in select",
+    "offset",
+    "order",
     "right join",
     "row without a partner",
     "rows",
     "sub-query",
+    "synced",
+    "three sources",
     "union",
-    "window",
+    "whole row in select",
 }
 
 

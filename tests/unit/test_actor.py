@@ -336,7 +336,7 @@ async def test_a_full_disk_refuses_writes_serves_reads_and_heals(tmp_path: Path)
         b"",
         b"\xc1",
         encode(Batch(1, 1, [])),
-        encode([1, 1, [[[[9, "s", "c", "k"]]]]]),
+        encode([1, 1, [[[[99, "s", "c", "k"]]]]]),
         encode([1, 1, [[[[1, "s", "c", 5, b""]]]]]),
     ],
 )

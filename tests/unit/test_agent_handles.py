@@ -18,7 +18,7 @@ from aidb_ray import (
     create_agent,
     durable_agent,
 )
-from aidb_ray.agents import agent as agent_module
+from aidb_ray.agents import startup
 from aidb_ray.agents.replies import ReplyHandle
 from aidb_ray.runtime import ActorRef
 from aidb_ray.store.actor import StoreActor
@@ -64,6 +64,9 @@ class FarRef(Generic[A_co]):
 
     def with_timeout(self, timeout_ms: int) -> FarRef[A_co]:
         return FarRef(self._ref.with_timeout(timeout_ms), self._home)
+
+    def pinned(self) -> FarRef[A_co]:
+        return self
 
     async def ask(
         self,
@@ -120,7 +123,7 @@ def agent(home: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
     near, started = home.run(start())
     stores: list[ActorRef[StoreActor]] = [FarRef(ref, home) for ref in near._refs]
     far = Database(near.name, stores, data_dir="far", cluster=None)
-    monkeypatch.setattr(agent_module, "find", find)
+    monkeypatch.setattr(startup, "find", find)
     yield Agent(far, "echo", "aidb://*", 1)
     home.run(near.aclose())
 
@@ -181,7 +184,7 @@ def test_a_start_that_failed_is_tried_again_in_the_next_event_loop(
         return None
 
     with monkeypatch.context() as patch:
-        patch.setattr(agent_module, "find", find_nothing)
+        patch.setattr(startup, "find", find_nothing)
         with pytest.raises(ConfigError) as raised:
             in_loop(agent.ready)
     assert raised.value.code == "agent_missing"

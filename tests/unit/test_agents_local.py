@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -47,6 +49,7 @@ from aidb_ray.runtime import LocalRef
 from aidb_ray.store.changes import Change
 from aidb_ray.store.collection import Collection
 from aidb_ray.testing import CallTool, Player, Reply, ScriptedModel
+from tests.stores import until
 
 URL = "aidb://echo/1"
 SOON_MS = 20_000
@@ -205,6 +208,22 @@ async def test_a_message_sent_twice_under_one_id_is_answered_once(db: Database) 
 
     assert len({reply.id for reply in (*replies, answered, asked_for)}) == 1
     assert len(model.asked) == 1
+
+
+async def test_a_keyword_that_no_message_has_is_named_and_nothing_is_written(db: Database) -> None:
+    agent = await start(Model())
+    revision = (await db.status())[0].revision
+
+    with pytest.raises(
+        TypeError, match=r"'sesion'; .* takes session, actor_id, message_id"
+    ) as told:
+        agent.send("hello", sesion=URL)
+    with pytest.raises(TypeError, match="'requestId'"):
+        agent.in_session(URL).send("hello", requestId="r")
+
+    assert "'actor_id'" not in str(told.value)
+    assert (await db.status())[0].revision == revision
+    assert (await ask(agent, "hello", request_id="r")).content == "You said hello."
 
 
 async def test_a_message_waits_until_it_is_due(db: Database) -> None:
@@ -370,6 +389,7 @@ async def test_an_error_that_passes_is_tried_again_as_a_new_attempt(db: Database
         (ModelError("Busy.", retryable=True, code="busy", retry_after_ms=5), 3, "busy"),
         (ModelError("Bad key.", retryable=False, code="bad_key"), 1, "bad_key"),
         (RuntimeError("mistake"), 1, "agent_error"),
+        (ConfigError("mistake", code="missing_api_key"), 1, "missing_api_key"),
         (TimeoutError("mine"), 3, "timeout"),
     ],
 )
@@ -805,6 +825,52 @@ async def test_a_handle_by_name_learns_the_agent_s_one_session(
     with pytest.raises(ConfigError) as raised:
         found.send("hello", session="aidb://echo/2")
     assert raised.value.code == "foreign_session"
+    await found.detach()
+
+
+async def test_handles_by_name_are_one_and_listen_while_one_is_held(
+    db: Database, elsewhere: Database
+) -> None:
+    await start(Model())
+    elsewhere.local_shards = db.local_shards
+    heard = elsewhere.partitions[0].client.feed._subscriptions
+
+    first = elsewhere.agent("echo")
+    await first.ready()
+    listening = len(heard)
+    assert listening
+    assert elsewhere.agent("echo") is first
+    assert (await ask(elsewhere.agent("echo"), "one")).content == "You said one."
+    assert len(heard) == listening
+    await written(first.send("two", session=URL, message_id="two"))
+    handle = first.reply_to("two", session=URL)
+    del first
+    gc.collect()
+    # Whoever waits for a reply holds it, too.
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "You said two."
+    assert len(heard) == listening
+    del handle
+    gc.collect()
+    await until(lambda: not heard)
+    for number in range(3):
+        assert (await ask(elsewhere.agent("echo"), str(number))).content == f"You said {number}."
+        gc.collect()
+    await until(lambda: not heard)
+
+
+async def test_a_handle_by_name_that_found_nobody_looks_again(
+    db: Database, elsewhere: Database
+) -> None:
+    early = elsewhere.agent("echo")
+    with pytest.raises(ConfigError) as raised:
+        await early.ready()
+    assert raised.value.code == "agent_missing"
+    await start(Model())
+    elsewhere.local_shards = db.local_shards
+
+    found = elsewhere.agent("echo")
+    await found.ready()
+    assert (await ask(found, "hello")).content == "You said hello."
     await found.detach()
 
 
@@ -1583,10 +1649,16 @@ async def test_generate_may_return_text_a_model_or_a_stream(
     assert heard == [response]
 
 
-async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Database) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("mistake"), "agent_error"), (ConfigError("mistake", code="mine"), "mine")],
+)
+async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(
+    db: Database, error: Exception, code: str
+) -> None:
     def respond(_: str, pending: list[Task]) -> None:
         tasks_of(db).update(pending[0].id, {"done": True})
-        raise RuntimeError("mistake")
+        raise error
 
     agent = await start_raw(db, lambda _: "done", on_response=respond)
     await tasks_of(db).insert({"id": "a"})
@@ -1596,7 +1668,7 @@ async def test_what_on_response_writes_commits_with_the_end_or_not_at_all(db: Da
     assert not row.done
     generations = db.collection("generations", Generation)
     [generation] = await db.query(lambda q: q.from_(g=generations))
-    assert (generation.status, generation.error_code) == ("failed", "agent_error")
+    assert (generation.status, generation.error_code) == ("failed", code)
     assert "mistake" in str(generation.error)
 
 
@@ -1830,6 +1902,34 @@ async def test_a_definition_is_checked_before_anything_starts(db: Database) -> N
         create_agent(name="planner", **raw)
     assert raised.value.code == "generate_required"
     assert not db.local_shards
+
+
+async def test_messages_wait_while_the_agent_s_process_misses_a_key(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Keyed(ScriptedModel):
+        def check(self) -> None:
+            if "ITS_KEY" not in os.environ:
+                raise ConfigError("There is no key.", code="missing_api_key")
+
+    def begin() -> Agent:
+        return create_agent(durable_agent(name="echo", adapter=Keyed(echo)))
+
+    monkeypatch.delenv("ITS_KEY", raising=False)
+    agent = begin()
+    handle = agent.send("hello", session=URL, message_id="m")
+    for waiting in (agent.ready(), handle.reply(), agent.status(), agent.drain_until_idle()):
+        with pytest.raises(ConfigError) as raised:
+            await waiting
+        assert raised.value.code == "missing_api_key"
+
+    assert not db.local_shards
+    assert not await generations(db)
+    [message] = await rows_of(db, "messages")
+    assert not message.processed
+    monkeypatch.setenv("ITS_KEY", "k")
+    reply = await begin().reply_to("m", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "You said hello."
 
 
 async def test_a_round_that_waited_for_something_cancelled_fails_once(db: Database) -> None:

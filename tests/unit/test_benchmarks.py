@@ -12,7 +12,7 @@ import pytest
 from aidb_ray import ConfigError
 from aidb_ray.store.files import FileSystem
 from benchmarks import __main__ as command
-from benchmarks import chunks, latency, queries, recovery, replay, rows, tools, turns
+from benchmarks import cancel, chunks, latency, queries, recovery, replay, rows, tools, turns
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -78,6 +78,15 @@ async def test_latency_waits_for_each_row_to_be_heard(tmp_path: Path) -> None:
     assert {"insert_to_subscriber_p50_ms", "awaited_call_p50_ms"} <= found.keys()
     assert 0 < found["insert_to_subscriber_p50_ms"] <= found["insert_to_subscriber_p99_ms"]
     assert found["fdatasyncs"] >= 11
+
+
+async def test_cancel_waits_for_each_socket_to_be_closed(tmp_path: Path) -> None:
+    found = values(await cancel.measure(rig_in(tmp_path), cancel.Sizes(cancels=3, warm_up=1)))
+
+    assert found["cancel_to_close_p50_ms"] > 0
+    assert found["awaited_calls"] > 0
+    assert found["cancel_written_p50_ms"] > 0
+    assert found["cancel_to_close_p50_ms"] <= found["cancel_to_close_p90_ms"]
 
 
 async def test_turns_measures_conversations(tmp_path: Path) -> None:
@@ -264,6 +273,7 @@ def test_every_figure_that_the_project_promises_has_a_benchmark() -> None:
     assert list(command.BENCHMARKS) == [
         "rows",
         "latency",
+        "cancel",
         "turns",
         "tools",
         "chunks",

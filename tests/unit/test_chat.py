@@ -368,14 +368,20 @@ def test_what_chat_cannot_do_is_refused_before_anything_starts() -> None:
     elsewhere = declare_tool(name="elsewhere", description="", input_schema=Answer)
     guarded = tool(name="guarded", needs_approval=True)(lambda: None)
 
-    for tools, code in [
+    refused: list[tuple[Any, str]] = [
         ([add, add], "duplicate_tool"),
+        ([print], "not_a_tool"),
         ([elsewhere], "missing_implementation"),
         ([guarded], "approval_unsupported"),
-    ]:
+    ]
+    for tools, code in refused:
         with pytest.raises(ConfigError) as caught:
             chat(adapter=model, messages=HELLO, tools=tools)
         assert caught.value.code == code
+    wrong: Any = "gpt-4o"
+    with pytest.raises(ConfigError, match="openai_text") as caught:
+        chat(adapter=wrong, messages=HELLO)
+    assert caught.value.code == "invalid_adapter"
     with pytest.raises(ValueError, match="max_iterations"):
         chat(adapter=model, messages=HELLO, max_iterations=0)
     assert model.rounds_asked == 0

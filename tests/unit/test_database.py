@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -204,6 +206,69 @@ async def test_a_directory_that_this_process_has_open_is_refused_at_once(tmp_pat
             pass
         async with connect_here(tmp_path, durability="memory"):
             pass
+
+
+async def test_of_two_that_open_a_directory_at_once_one_is_refused_at_once(tmp_path: Path) -> None:
+    async with asyncio.timeout(10):
+        opened = await asyncio.gather(
+            connect_here(tmp_path),
+            connect_here(tmp_path / "elsewhere" / ".."),
+            connect_here(tmp_path, database="other"),
+            return_exceptions=True,
+        )
+
+    first, second, other = opened
+    assert isinstance(first, Database)
+    assert isinstance(other, Database)
+    assert isinstance(second, StoreLockedError)
+    assert second.pid == os.getpid()
+    await first.aclose()
+    await other.aclose()
+    async with connect_here(tmp_path):
+        pass
+
+
+async def test_a_directory_that_could_not_be_opened_may_be_tried_again(tmp_path: Path) -> None:
+    async with connect_here(tmp_path):
+        pass
+    with pytest.raises(ConfigError):
+        await connect_here(tmp_path, partitions=2)
+    async with connect_here(tmp_path):
+        pass
+
+
+async def test_a_connect_that_nobody_awaits_warns_as_a_coroutine_does(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"connect\(\.\.\.\)' was never awaited"):
+        connect_here(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+async def test_a_connect_that_was_awaited_or_entered_or_refused_does_not_warn(
+    tmp_path: Path,
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        async with connect_here(tmp_path):
+            with pytest.raises(StoreLockedError):
+                await connect_here(tmp_path)
+        await (await connect_here(tmp_path)).aclose()
+        await (await asyncio.wait_for(connect_here(tmp_path), 10)).aclose()
+        await (await asyncio.create_task(connect_here(tmp_path))).aclose()
+        never_begun = asyncio.create_task(connect_here(tmp_path))
+        never_begun.cancel()
+        await asyncio.wait([never_begun])
+        with pytest.raises(ConfigError):
+            connect("local", database="")
+        gc.collect()
+    assert not caught
+
+
+async def test_what_connect_returns_says_that_it_must_be_awaited(tmp_path: Path) -> None:
+    connecting: Any = connect_here(tmp_path)
+    with pytest.raises(AttributeError, match=r"no 'session' .* await connect"):
+        connecting.session("aidb://a")
+    assert not hasattr(connecting, "aclose")
+    await (await connecting).aclose()
 
 
 async def test_a_directory_that_this_process_still_closes_is_waited_for(

@@ -1,4 +1,4 @@
-"""Connections of one process that share stores which it started, on a cluster that only counts."""
+"""Connections that share stores, of one process or of several, on a cluster that only counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from aidb_ray import database as database_module
 from aidb_ray.database import Database, connect
-from aidb_ray.errors import UnavailableError
+from aidb_ray.errors import ConfigError, StorageError, UnavailableError
 from aidb_ray.runtime import Cluster
 from aidb_ray.store import holders as holders_module
 from aidb_ray.store.actor import StoreActor
@@ -24,16 +24,38 @@ class FakeStore:
 
     def __init__(self, ray: FakeRay, name: str) -> None:
         self.name = name
+        self.problem = ""
         self._ray = ray
 
     def with_timeout(self, timeout_ms: int) -> FakeStore:
         del timeout_ms
         return self
 
+    def pinned(self) -> FakeStore:
+        return self
+
     async def ask(self, method: Any, *args: Any) -> Any:
-        assert method is StoreActor.open, (method, args)
-        assert self._ray.stores[self.name] is self
-        return SimpleNamespace(partitions=1, durability="memory", directory="")
+        assert method in (StoreActor.open, StoreActor.status), (method, args)
+        if self._ray.stores.get(self.name) is not self:
+            # Only another process may have ended it.
+            assert not self._ray.is_owned
+            raise UnavailableError("It has ended.", outcome="not_applied")
+        state = "recovering"
+        if method is StoreActor.open:
+            self._ray.log.append(f"{self.name} opens")
+            await self._ray.may_open.wait()
+            self.problem = self._ray.problem
+            if self.problem:
+                raise StorageError(self.problem)
+            state = "serving"
+        return SimpleNamespace(
+            partitions=self._ray.partitions,
+            partition=0,
+            durability="memory",
+            directory="",
+            state=state,
+            problem=self.problem,
+        )
 
     async def stop(self) -> None:
         self._ray.log.append(f"{self.name} stops")
@@ -49,6 +71,11 @@ class FakeRay:
         self.stores: dict[str, FakeStore] = {}
         self.clusters = 0
         self.log: list[str] = []
+        self.problem = ""
+        self.partitions = 1
+        self.is_owned = True
+        self.may_open = asyncio.Event()
+        self.may_open.set()
         self.may_stop = asyncio.Event()
         self.may_stop.set()
         monkeypatch.setattr(database_module, "connect_cluster", self.connect)
@@ -65,7 +92,7 @@ class FakeRay:
 
     async def spawn(self, _: type[Any], options: Any, *args: Any) -> FakeStore:
         del args
-        assert not options.detached
+        assert options.detached != self.is_owned
         return self.stores.setdefault(options.name, FakeStore(self, options.name))
 
 
@@ -74,7 +101,7 @@ class FakeCluster(Cluster):
 
     def __init__(self, ray: FakeRay) -> None:
         super().__init__(None, "node")
-        self.owned = True
+        self.owned = ray.is_owned
         self._ray = ray
 
     async def close(self) -> None:
@@ -84,8 +111,9 @@ class FakeCluster(Cluster):
 class FakeAgent:
     """An agent that says what becomes of it."""
 
-    def __init__(self, ray: FakeRay, name: str) -> None:
+    def __init__(self, ray: FakeRay, name: str, database: Database) -> None:
         self.name = name
+        self.database = database
         self._ray = ray
 
     async def aclose(self) -> None:
@@ -105,7 +133,7 @@ async def connect_again(data_dir: str = "anywhere") -> Database:
 
 
 def keep_agent(database: Database, ray: FakeRay, name: str) -> None:
-    database.keep_agent(FakeAgent(ray, name))  # pyright: ignore[reportArgumentType]
+    database.keep_agent(FakeAgent(ray, name, database))  # pyright: ignore[reportArgumentType]
 
 
 async def test_the_last_connection_ends_the_stores(ray: FakeRay) -> None:
@@ -136,7 +164,7 @@ async def test_one_that_still_writes_keeps_its_store_while_another_closes(ray: F
     is_written.set()
     await closing
 
-    assert ray.log == ["written", "aidb/default/p0 stops"]
+    assert ray.log[-2:] == ["written", "aidb/default/p0 stops"]
 
 
 def test_a_connection_counts_beyond_the_event_loop_that_made_it(
@@ -155,12 +183,35 @@ def test_a_connection_counts_beyond_the_event_loop_that_made_it(
     assert not ray.stores
 
 
+def test_a_connection_that_was_dropped_with_its_event_loop_counts_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = FakeRay(monkeypatch)
+
+    async def connect_and_forget() -> None:
+        database = await connect_again()
+        assert database.partitions[0].client
+        keep_agent(database, ray, "echo")
+
+    async def connect_and_close() -> None:
+        await (await connect_again()).aclose()
+
+    gc.disable()
+    try:
+        asyncio.run(connect_and_forget())
+        assert ray.stores
+        asyncio.run(connect_and_close())
+    finally:
+        gc.enable()
+    assert not ray.stores
+
+
 async def test_who_connects_while_the_last_one_closes_gets_stores_that_run(ray: FakeRay) -> None:
     first = await connect_again()
     (ended,) = ray.stores.values()
     ray.may_stop.clear()
     closing = asyncio.create_task(first.aclose())
-    await until(lambda: ray.log)
+    await until(lambda: "aidb/default/p0 stops" in ray.log)
     connecting = asyncio.create_task(connect_again())
     await until(lambda: ray.clusters == 2)
     ray.may_stop.set()
@@ -177,16 +228,17 @@ async def test_who_closes_while_another_one_connects_leaves_it_the_stores(ray: F
     async with holders_of("default").turn():
         closing = asyncio.create_task(first.aclose())
         await until(lambda: not holders_of("default").count)
-        holders_of("default").join()
+        holders_of("default").join(ray)
     await closing
 
     assert list(ray.stores.values()) == [store]
-    holders_of("default").leave()
+    holders_of("default").leave(ray)
 
 
 async def test_an_agent_goes_on_until_the_last_connection_ends_it(ray: FakeRay) -> None:
     creator, other = await connect_again(), await connect_again()
     keep_agent(creator, ray, "echo")
+    ray.log.clear()
 
     await creator.aclose()
     assert ray.log == ["echo goes on"]
@@ -230,6 +282,58 @@ async def test_a_database_that_cannot_be_opened_is_held_by_nobody(
     assert not ray.stores
     assert ray.clusters == 0
     assert holders_of("default").count == 0
+
+
+# On a cluster that goes on, other processes may have the stores as well.
+
+
+async def start_at_once(ray: FakeRay, count: int = 3) -> list[asyncio.Task[Database]]:
+    """Let several processes start the database; all wait until the store is open."""
+    ray.is_owned = False
+    ray.may_open.clear()
+    starting = [asyncio.create_task(connect_again()) for _ in range(count)]
+    await until(lambda: len(ray.log) == count)
+    return starting
+
+
+async def test_a_start_that_is_given_up_leaves_the_store_to_others(ray: FakeRay) -> None:
+    first, *others = await start_at_once(ray)
+
+    first.cancel()
+    await asyncio.wait([first])
+    ray.may_open.set()
+    databases = [await other for other in others]
+
+    assert first.cancelled()
+    assert list(ray.stores) == ["aidb/default/p0"]
+    for database in databases:
+        await database.aclose()
+    assert "aidb/default/p0 stops" not in ray.log
+
+
+async def test_a_store_that_cannot_be_opened_is_left_to_nobody(ray: FakeRay) -> None:
+    starting = await start_at_once(ray)
+    ray.problem = "damaged"
+    ray.may_open.set()
+
+    results = await asyncio.gather(*starting, return_exceptions=True)
+
+    assert {type(result) for result in results} == {StorageError}
+    assert not ray.stores
+    assert ray.clusters == 0
+
+
+async def test_a_store_that_another_driver_was_faster_to_start_must_fit(ray: FakeRay) -> None:
+    starting = await start_at_once(ray)
+    ray.partitions = 2
+    ray.may_open.set()
+
+    results = await asyncio.gather(*starting, return_exceptions=True)
+
+    assert {getattr(result, "code", "") for result in results} == {"partitions_differ"}
+    assert all(isinstance(result, ConfigError) for result in results)
+    # It serves whoever wanted it so.
+    assert list(ray.stores) == ["aidb/default/p0"]
 
 
 async def test_a_turn_has_a_bound_and_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

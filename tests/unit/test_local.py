@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from textwrap import dedent
+
 import pytest
 
 from aidb_ray.store import local
@@ -71,6 +75,24 @@ def test_what_the_feed_says_of_a_row_replaces_what_was_written_here() -> None:
     assert look(writes) == b"2"
     writes.hear(Change(13, *WHERE, None))
     assert look(writes) is None
+
+
+def test_a_million_outstanding_writes_of_one_row_are_settled_or_let_go() -> None:
+    """In a process of its own: what this guards against ends the process."""
+    program = """
+        from aidb_ray.store.local import LocalWrites
+
+        where = ("aidb://a", "rows", "k")
+        for is_settled in (False, True):
+            writes = LocalWrites()
+            added = [writes.add(where, b"1", None) for _ in range(1_000_000)]
+            if is_settled:
+                for revision, write in enumerate(added):
+                    writes.succeed(write, revision)
+                assert not writes.is_outstanding(where)
+            del added, writes
+    """
+    subprocess.run([sys.executable, "-c", dedent(program)], check=True, timeout=60)
 
 
 def test_a_reply_that_comes_late_does_not_go_back() -> None:

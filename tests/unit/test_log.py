@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -97,6 +98,32 @@ def test_frames_are_found_across_segments(store: Path) -> None:
         )
     log.close()
     assert read_back(store) == list(range(1, 61))
+
+
+def test_who_reads_while_a_segment_begins_finds_every_frame(store: Path) -> None:
+    log = open_log(store, segment_bytes=4096)
+    seen: list[list[int]] = []
+
+    class Door:
+        """Stands where the segments change, and reads as another thread may."""
+
+        def __enter__(self) -> None:
+            self._read()
+
+        def __exit__(self, *_: object) -> None:
+            self._read()
+
+        def _read(self) -> None:
+            seen.append([frame.first_revision for _, frame in log.frames(0)])
+
+    log._writer._mutex = cast("Any", Door())
+    read: list[int] = []
+    while len(segments(store)) < 3:
+        fill(log, 1)
+        assert all(each == read for each in seen), "what was durable before, all of it"
+        seen.clear()
+        read.append(log.revision)
+    log.close()
 
 
 def test_a_frame_larger_than_a_segment_gets_one_of_its_own(store: Path) -> None:

@@ -153,6 +153,22 @@ async def test_a_request_carries_the_conversation_and_the_tools() -> None:
     assert "stream_options" not in body
 
 
+async def test_only_a_request_to_go_on_with_an_answer_carries_the_prefill_fields() -> None:
+    server = Server(Body(*HI), Body(*HI))
+    model = adapter(server, prefill={"continue_final_message": True, "stream_options": None})
+
+    await hear(model)
+    async for _ in model.stream([*HELLO, ModelMessage("assistant", "Hi the")]):
+        pass
+    await model.aclose()
+
+    first, second = server.bodies()
+    assert "continue_final_message" not in first
+    assert second["continue_final_message"] is True
+    assert second["messages"][-1] == {"role": "assistant", "content": "Hi the"}
+    assert ("stream_options" in first, "stream_options" in second) == (True, False)
+
+
 async def test_the_responses_protocol_has_its_own_request() -> None:
     done = b'data: {"type": "response.completed", "response": {}}\n\n'
     server = Server(Body(done))
@@ -411,10 +427,14 @@ async def test_the_key_comes_from_the_environment_of_the_process_that_asks(
         monkeypatch.delenv(name, raising=False)
 
     await hear(adapter(server, api_key=None))
+    adapter(server, api_key=None).check()
     with pytest.raises(ConfigError, match="MY_KEY") as caught:
         await hear(adapter(server, api_key=EnvKey("MY_KEY")))
+    with pytest.raises(ConfigError, match="MY_KEY"):
+        adapter(server, api_key=EnvKey("MY_KEY")).check()
     monkeypatch.setenv("MY_KEY", "mine")
     monkeypatch.setenv("OPENAI_API_KEY", "default")
+    adapter(server, api_key=EnvKey("MY_KEY")).check()
     await hear(adapter(server, api_key=EnvKey("MY_KEY")))
     await hear(adapter(server, api_key=None))
 
@@ -464,17 +484,20 @@ def test_the_fingerprint_follows_what_decides_the_answers() -> None:
         openai_text("a", temperature=1),
         openai_text("a", temperature=0, api="chat"),
         openai_text("a", temperature=0, base_url="http://x/v1"),
+        openai_text("a", temperature=0, prefill={"continue_final_message": True}),
     ]
 
     prints = {adapter_fingerprint(each) for each in [base, *others]}
 
-    assert len(prints) == 5
+    assert len(prints) == 6
     assert adapter_fingerprint(openai_text("a", temperature=0, api_key="k")) in prints
 
 
 def test_options_that_the_adapter_sets_itself_are_refused() -> None:
     with pytest.raises(ConfigError, match="messages"):
         openai_text("a", messages=[])
+    with pytest.raises(ConfigError, match="stream"):
+        openai_text("a", prefill={"stream": False})
     with pytest.raises(ConfigError, match="api"):
         openai_text("a", api="completions")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 

@@ -261,3 +261,17 @@ def test_what_is_due_is_always_taken_and_nothing_else(
         assert queue.running == running
         assert len(queue) == len(keys)
     assert sorted(take_all(queue, now)) == [s for s in "abc" if due(s) and s not in running]
+
+
+def test_who_shares_a_queue_may_reach_further_and_who_hurries_goes_first() -> None:
+    queue: PendingWork[str, int] = PendingWork(max_running=9)
+    for session in "abcd":
+        queue.put(session, 1)
+    queue.hurry("c")
+    queue.hurry("absent")
+
+    assert queue.take(now_ms=0, skip=1) == "c"
+    assert queue.take(now_ms=0, skip=1) == "b"
+    assert queue.take(now_ms=0, skip=9) == "d"
+    assert queue.take(now_ms=0) == "a"
+    assert queue.take(now_ms=0, skip=3) is None

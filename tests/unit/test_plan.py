@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from aidb_ray.store.changes import (
@@ -10,7 +8,6 @@ from aidb_ray.store.changes import (
     Batch,
     ClaimBuckets,
     Commit,
-    Committed,
     Delete,
     Insert,
     Mutation,
@@ -18,48 +15,11 @@ from aidb_ray.store.changes import (
     Runner,
     Update,
     bucket_of,
-    encode,
 )
 from aidb_ray.store.columns import pack
 from aidb_ray.store.plan import Plan
-from aidb_ray.store.tables import Tables
+from tests.planner import Engine
 from tests.stores import SESSION, insert, row
-
-PLACE = (0, 0)
-
-
-class Engine:
-    """Tables with one client, that takes one batch after the other."""
-
-    def __init__(self) -> None:
-        self.tables = Tables()
-        self.client_id = self.register()
-        self.seq = 1
-
-    def register(self, supersedes: int = 0) -> int:
-        plan = Plan(self.tables, 1)
-        client_id, self.superseded_last = plan.add_client(supersedes)
-        self.tables.apply(plan, PLACE)
-        return client_id
-
-    def commit(self, *commits: Commit, chunks: Any = None) -> Committed:
-        batch = Batch(self.client_id, self.seq, list(commits), chunks)
-        answer = self.send(batch)
-        assert isinstance(answer, Committed)
-        self.seq += len(commits)
-        return answer
-
-    def send(self, batch: Batch) -> Committed | Refusal:
-        plan = Plan(self.tables, 1)
-        answer = plan.add_batch(batch, encode(batch))
-        self.last_plan = plan
-        if not plan.is_empty:
-            self.tables.apply(plan, PLACE)
-        return answer
-
-    def one(self, *mutations: Mutation, runner: Runner | None = None) -> Refusal | None:
-        answer = self.commit(Commit(mutations, runner))
-        return answer.refused[0][1] if answer.refused else None
 
 
 def test_commits_of_a_plan_see_the_earlier_ones_of_it() -> None:

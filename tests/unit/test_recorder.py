@@ -11,11 +11,14 @@ import pytest
 from ag_ui.core import Event
 
 from aidb_ray import ModelError
+from aidb_ray.agents import recorder as recorder_module
 from aidb_ray.agents.recorder import Recorder, SilenceLimit
 from aidb_ray.chunks import ChunkBuffer, ChunkFlusher
 from aidb_ray.models.writer import RoundWriter
+from tests.stores import until
 
 LIMIT_MS = 20
+SOON_MS = 20_000
 
 
 def said(*texts: str) -> list[Event]:
@@ -23,6 +26,11 @@ def said(*texts: str) -> list[Event]:
     writer.texts(texts, "m")
     writer.finish("stop")
     return writer.take()
+
+
+async def tell(*texts: str) -> AsyncGenerator[Event]:
+    for event in said(*texts):
+        yield event
 
 
 @pytest.fixture
@@ -95,6 +103,100 @@ async def test_a_cancellation_is_not_taken_for_silence(recorder: Recorder) -> No
 
     with pytest.raises(asyncio.CancelledError):
         await recording
+
+
+class Deaf:
+    """A stream that ignores being cancelled, until it is let speak."""
+
+    def __init__(self) -> None:
+        self.cancels = 0
+        self.may_speak = asyncio.Event()
+        self.began = asyncio.Event()
+        self.is_closed = asyncio.Event()
+
+    async def stream(self) -> AsyncGenerator[Event]:
+        self.began.set()
+        try:
+            while not self.may_speak.is_set():
+                try:
+                    await self.may_speak.wait()
+                except asyncio.CancelledError:
+                    self.cancels += 1
+            for event in said("late"):
+                yield event
+        finally:
+            self.is_closed.set()
+
+
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> Deaf:
+    monkeypatch.setattr(recorder_module, "CANCEL_PAUSE_MS", 1)
+    return Deaf()
+
+
+async def test_a_silent_stream_that_ignores_being_cancelled_is_left_behind(
+    recorder: Recorder, buffer: ChunkBuffer, deaf: Deaf, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ModelError) as raised:
+        await recorder.record(deaf.stream())
+
+    assert raised.value.code == "idle_timeout"
+    assert deaf.cancels == recorder_module.MAX_CANCELS
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert "stream" in record.getMessage()
+    assert "Task" in record.getMessage()
+
+    heard = await recorder.record(tell("on time"))
+    kept = buffer.next_index
+    deaf.may_speak.set()
+    await deaf.is_closed.wait()
+    await until(lambda: not recorder_module._left_behind)
+    assert heard.text == "on time"
+    assert buffer.next_index == kept, "what it says later is not kept"
+
+
+async def test_whoever_waits_for_a_stream_that_ignores_being_cancelled_may_leave(
+    buffer: ChunkBuffer, deaf: Deaf
+) -> None:
+    recorder = Recorder(buffer, ChunkFlusher(cast("Any", None)), SilenceLimit(None))
+    recording = asyncio.create_task(recorder.record(deaf.stream()))
+    await until(deaf.began.is_set)
+    recording.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await recording
+
+    assert deaf.cancels == recorder_module.MAX_CANCELS
+    deaf.may_speak.set()
+    await until(lambda: not recorder_module._left_behind)
+
+
+async def test_silence_beside_a_cancellation_is_no_silence(
+    recorder: Recorder, deaf: Deaf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits is cancelled while the silent stream is being ended."""
+    monkeypatch.setattr(recorder_module, "CANCEL_PAUSE_MS", SOON_MS)
+    recording = asyncio.create_task(recorder.record(deaf.stream()))
+    await until(lambda: deaf.cancels == 1)
+    recording.cancel()
+    await until(lambda: deaf.cancels == 2)
+    deaf.may_speak.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await recording
+    assert recording.cancelling() == 1
+
+
+async def test_without_a_limit_no_silence_is_too_long(buffer: ChunkBuffer) -> None:
+    silence = SilenceLimit(None)
+    recorder = Recorder(buffer, ChunkFlusher(cast("Any", None)), silence)
+
+    async def stream() -> AsyncGenerator[Event]:
+        assert silence._timer is None
+        for event in said("at last"):
+            yield event
+
+    assert (await recorder.record(stream())).text == "at last"
 
 
 async def test_a_model_that_ends_well_when_it_is_cancelled_is_heard(recorder: Recorder) -> None:

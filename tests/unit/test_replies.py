@@ -10,18 +10,21 @@ from aidb_ray import (
     Agent,
     AgentMessage,
     ConfigError,
+    ConflictError,
     Database,
     Generation,
+    KeyExistsError,
     KeyMissingError,
     ModelError,
     RunCancelledError,
     UnavailableError,
     connect,
 )
-from aidb_ray.agents.replies import Replies
+from aidb_ray.agents.replies import Replies, ReplyHandle
 from aidb_ray.agents.rows import GenerationRow, MessageRow, encode_row
 from aidb_ray.contracts import GenerationStatus
 from aidb_ray.store.changes import Change
+from tests.stores import until
 
 URL = "aidb://echo/1"
 SOON_MS = 20_000
@@ -56,6 +59,11 @@ def reply_to(key: str) -> Change:
         in_reply_to=key,
     )
     return Change(9, URL, "messages", row.id, encode_row(row), is_new=True)
+
+
+async def written(handle: ReplyHandle) -> None:
+    assert handle.sent is not None
+    await handle.sent
 
 
 async def answer(db: Database, key: str, status: str = "completed") -> None:
@@ -135,9 +143,68 @@ async def test_a_reply_that_was_there_before_it_was_awaited_is_found(
     late = Agent(db, "echo", "aidb://echo/*", 1)
     for handle in (
         late.reply_to("m", session=URL),
-        late.send("again", session=URL, message_id="m"),
+        late.send("hello", session=URL, message_id="m"),
     ):
         assert (await handle.reply(timeout_ms=SOON_MS)).content == "to m"
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [("again", {}), ("hello", {"actor_id": "other"}), ("hello", {"target_agent": "other"})],
+)
+async def test_a_message_id_that_another_message_has_is_a_conflict(
+    db: Database, agent: Agent, text: str, options: dict[str, Any]
+) -> None:
+    first = agent.send("hello", session=URL, message_id="m")
+    on_its_way = agent.send(text, session=URL, message_id="m", **options)
+    await written(first)
+    known_here = agent.send(text, session=URL, message_id="m", **options)
+    far = Database(db.name, db._refs, data_dir=db.data_dir, cluster=None)
+    known_to_the_store = Agent(far, "echo", "aidb://echo/*", 1).send(
+        text, session=URL, message_id="m", **options
+    )
+    await answer(db, "m")
+    revision = (await db.status())[0].revision
+
+    for handle in (on_its_way, known_here, known_to_the_store):
+        assert handle.sent is not None
+        for waiting in (handle.reply(timeout_ms=SOON_MS), handle.sent):
+            with pytest.raises(ConflictError) as raised:
+                await waiting
+            error = raised.value
+            assert (error.code, error.collection, error.key) == ("message_differs", "messages", "m")
+            assert error.current is not None
+            assert error.current["content"] == "hello"
+    assert (await first.reply(timeout_ms=SOON_MS)).content == "to m"
+    assert (await db.status())[0].revision == revision
+    for partition in far.partitions:
+        await partition.aclose()
+
+
+async def test_a_message_that_differs_and_that_nobody_awaits_is_logged(
+    agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    await written(agent.send("hello", session=URL, message_id="m"))
+    agent.send("again", session=URL, message_id="m")
+    await until(lambda: caplog.records)
+    [record] = caplog.records
+    assert record.levelname == "ERROR"
+    assert "'m'" in record.getMessage()
+
+
+async def test_a_message_sent_again_says_as_before_that_it_is_there(
+    db: Database, agent: Agent
+) -> None:
+    await written(agent.send("hello", session=URL, message_id="m"))
+    far = Database(db.name, db._refs, data_dir=db.data_dir, cluster=None)
+    again = Agent(far, "echo", "aidb://echo/*", 1).send("hello", session=URL, message_id="m")
+
+    with pytest.raises(KeyExistsError):
+        await written(again)
+    await answer(db, "m")
+    assert (await again.reply(timeout_ms=SOON_MS)).content == "to m"
+    for partition in far.partitions:
+        await partition.aclose()
 
 
 async def test_there_is_no_reply_to_a_message_that_is_not_there(agent: Agent) -> None:

@@ -62,8 +62,11 @@ PURE = {
     "query.shown",
     "store.changes",
     "store.claims",
+    "store.json_values",
     "store.replication",
+    "store.row_types",
     "store.tables",
+    "store.versions",
 }
 IMPURE_IMPORTS = {
     "asyncio",

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from traceback import format_exception
 from typing import Annotated, Any, Literal
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
@@ -252,6 +253,64 @@ async def test_whatever_a_coroutine_raises_is_a_tool_error(error: BaseException)
 
     with pytest.raises(ToolError, match=type(error).__name__):
         await fail.call("{}")
+
+
+def refuse(error: BaseException) -> None:
+    raise error
+
+
+async def refuse_here(error: BaseException) -> None:
+    raise error
+
+
+def refuse_later(error: BaseException) -> Awaitable[None]:
+    return refuse_here(error)
+
+
+@pytest.mark.parametrize("fail", [refuse, refuse_here, refuse_later])
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (ValueError("boom"), "WARNING"),
+        (SystemExit(3), "WARNING"),
+        (asyncio.CancelledError(), "WARNING"),
+        (ToolError("not today", code="mine"), "INFO"),
+    ],
+)
+async def test_what_a_tool_raises_is_logged_once(
+    fail: Callable[[BaseException], Any],
+    error: BaseException,
+    level: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+
+    async def wait() -> None:
+        await refuse_here(error)
+
+    function = wait if fail is refuse_here else lambda: fail(error)
+    broken = tool(name="broken")(function)
+
+    with pytest.raises(ToolError):
+        await broken.call("{}", ToolContext(idempotency_key="g:0:1"))
+
+    [record] = caplog.records
+    assert record.levelname == level
+    assert record.name == "aidb_ray.tool"
+    assert "'broken'" in record.getMessage()
+    assert "'g:0:1'" in record.getMessage()
+    trace = "" if record.exc_info is None else "".join(format_exception(record.exc_info[1]))
+    assert ("in refuse" in trace) == (level == "WARNING")
+
+
+async def test_a_call_that_does_not_fit_or_succeeds_logs_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    assert await search.call('{"query": "a"}')
+    with pytest.raises(ToolError):
+        await search.call("{}")
+    assert not caplog.records
 
 
 async def test_cancelling_a_call_passes_and_fires_the_signal() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from aidb_ray.contracts import Generation, ToolCall
 from aidb_ray.errors import (
     ConfigError,
     ConflictError,
@@ -390,6 +391,42 @@ async def test_a_key_cannot_change(tmp_path: Path) -> None:
 
         assert caught.value.code == "immutable_key"
         assert rows.get("a") == {"id": "a"}
+
+
+@pytest.mark.parametrize("row_type", [ToolCall, Generation])
+async def test_a_terminal_status_never_changes_again(
+    tmp_path: Path, row_type: type[ToolCall] | type[Generation]
+) -> None:
+    row = {"generation_id": "g", "name": "search"} if row_type is ToolCall else {"agent": "a"}
+    async with open_store(tmp_path) as store:
+        near = Process(store).collection("work", row_type)
+        far = Process(store).collection("work", row_type)
+        for status in ("completed", "failed", "cancelled"):
+            await near.insert({"id": status, "status": "pending", **row})
+            await far.ready()
+            await near.update(status, {"status": status})
+            revision = (await store.actor.status()).revision
+
+            for known in (near, far):
+                # One is told here; the other has an older row, and hears of it from the store.
+                with pytest.raises(ContractError) as raised:
+                    await known.update(status, {"status": "pending"})
+                refusal = raised.value
+                assert (refusal.code, refusal.loc) == ("illegal_transition", ("status",))
+            assert (await store.actor.status()).revision == revision
+            found = await near.find(status)
+            assert found is not None
+            assert found.status == status
+            await near.update(status, {"status": status, "error_code": "late"})
+
+
+async def test_a_call_that_is_tried_again_goes_back_to_pending(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        calls = Process(store).collection("tool_calls", ToolCall)
+        await calls.insert({"id": "c", "generation_id": "g", "name": "search"})
+
+        for status in ("executing", "pending", "executing", "failed"):
+            await calls.update("c", {"status": status})
 
 
 async def test_writes_of_one_row_go_in_their_order(tmp_path: Path) -> None:

@@ -1,0 +1,208 @@
+"""Effects as their users hold them: created, awaited, looked at, closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+from aidb_ray.database import Database, current_database, set_current_database
+from aidb_ray.effects.definition import EffectDefinition
+from aidb_ray.effects.loop import EffectLoop, EffectStatus
+from aidb_ray.errors import AidbError, UnavailableError
+from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, spawn
+
+logger = logging.getLogger(__name__)
+
+_START_MS = 120_000
+_STOP_MS = 60_000
+_PAUSE_S = 0.2
+
+
+class EffectActor:
+    """One executor of an effect as an actor. `__init__` only stores; `start` begins."""
+
+    def __init__(self, database: Database, definition: EffectDefinition, index: int) -> None:
+        self._database = database
+        self._definition = definition
+        self._index = index
+        self._loop: EffectLoop | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take over what an earlier process of this executor left, and begin.
+
+        Raises:
+            AidbError: the store cannot be reached or refused; each call tries again.
+        """
+        if self._starting is None:
+            set_current_database(self._database)
+            self._starting = asyncio.create_task(self._start())
+        starting = self._starting
+        try:
+            await asyncio.shield(starting)
+        except AidbError:
+            if self._starting is starting:
+                self._starting = None
+            raise
+
+    async def _start(self) -> None:
+        definition = self._definition
+        if not self._database.is_local:
+            # Tools in threads need as many as may run, and those that do not return keep theirs.
+            pool = ThreadPoolExecutor(2 * definition.max_running + 4, "aidb-tool")
+            asyncio.get_running_loop().set_default_executor(pool)
+        place = f"{definition.name}/{self._index}@"
+        # The actor's name is its own, so whoever had it before has ended, or is fenced from now on.
+        loop = EffectLoop(self._database, definition, f"{place}{uuid4()}", heir_of=place)
+        try:
+            await loop.start()
+        except BaseException:
+            await loop.aclose()
+            raise
+        self._loop = loop
+
+    async def status(self) -> EffectStatus:
+        """Return how the executor is doing, once it works."""
+        await self.start()
+        assert self._loop is not None
+        return self._loop.status
+
+    async def stop(self) -> None:
+        """Stop what runs where it is, for others to take over."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        if self._loop is not None:
+            await self._loop.aclose()
+
+
+class Effect:
+    """A running effect. Dropping the handle stops nothing; leaving it as a context manager does.
+
+    On a cluster, an effect with `placement="actor"` is found by its name: creating it again with
+    an equal definition attaches to the one that runs, with another definition replaces it.
+    """
+
+    def __init__(self, database: Database, definition: EffectDefinition) -> None:
+        self.name = definition.name
+        self.database = database
+        self._definition = definition
+        self._refs: list[ActorRef[EffectActor]] = []
+        self._loop: EffectLoop | None = None
+        self._starting = asyncio.get_running_loop().create_task(self._begin())
+        self._starting.add_done_callback(_retrieve)
+
+    def __repr__(self) -> str:
+        return f"<Effect {self.name!r}>"
+
+    async def __aenter__(self) -> Effect:
+        await self.ready()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def ready(self) -> None:
+        """Wait until it works.
+
+        Raises:
+            AidbError: it could not start; every awaited method raises the same.
+        """
+        await asyncio.shield(self._starting)
+
+    async def status(self) -> list[EffectStatus]:
+        """Return how each executor is doing."""
+        await self.ready()
+        if self._loop is not None:
+            return [self._loop.status]
+        return list(await asyncio.gather(*(ref.ask(EffectActor.status) for ref in self._refs)))
+
+    async def aclose(self) -> None:
+        """End the effect: what runs is cancelled, and its rows are left for whoever comes next.
+
+        Tools in threads cannot be cancelled: they are waited for up to `grace_ms`, and then their
+        process is ended, if it is not this one.
+        """
+        if not self._starting.done():
+            await asyncio.wait([self._starting])
+        if self._loop is not None:
+            await self._loop.aclose()
+        await asyncio.gather(*(ref.with_timeout(_STOP_MS).stop() for ref in self._refs))
+        self.database.forget_effect(self)
+
+    async def disconnect(self) -> None:
+        """End what cannot go on without the connection: detached actors do."""
+        cluster = self.database.cluster
+        if self._loop is not None or self.database.is_local or cluster is None or cluster.owned:
+            await self.aclose()
+
+    async def _begin(self) -> None:
+        definition, database = self._definition, self.database
+        if definition.placement == "here":
+            holder = f"{definition.name}/here@{uuid4()}"
+            loop = EffectLoop(database, definition, holder)
+            try:
+                await loop.start()
+            except BaseException:
+                await loop.aclose()
+                raise
+            self._loop = loop
+            return
+        if database.is_local:
+            actors = [
+                EffectActor(database, definition, index) for index in range(definition.processes)
+            ]
+            self._refs = [LocalRef(actor) for actor in actors]
+        else:
+            self._refs = [await self._start_actor(index) for index in range(definition.processes)]
+        starting = (ref.with_timeout(_START_MS).ask(EffectActor.start) for ref in self._refs)
+        await asyncio.gather(*starting)
+
+    async def _start_actor(self, index: int) -> ActorRef[EffectActor]:
+        """Return the actor that has this definition: one that runs, or one that is started.
+
+        A name has one actor, so of many that start the same effect one creates it and the others
+        find it. What one looked at may be replaced in the next moment; so whoever ends an actor
+        ends the one it looked at, and looks again.
+        """
+        definition, database = self._definition, self.database
+        owned = database.cluster is not None and database.cluster.owned
+        options = ActorOptions(
+            name=f"aidb/{database.name}/effect/{definition.name}/{index}",
+            detached=not owned,
+            **dict(definition.ray_options),
+        )
+        fingerprint = definition.fingerprint()
+        deadline = asyncio.get_running_loop().time() + _START_MS / 1000
+        while True:
+            ref = await spawn(EffectActor, options, database, definition, index)
+            try:
+                status = await ref.with_timeout(_START_MS).ask(EffectActor.status)
+            except UnavailableError:
+                # Being restarted, or ended; whichever, the name leads to what runs next.
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                if status.fingerprint == fingerprint:
+                    return ref
+                await ref.pinned().with_timeout(_STOP_MS).stop()
+
+
+def start_effect(definition: EffectDefinition, database: Database | None) -> Effect:
+    """Start an effect in the background; returns at once.
+
+    Raises:
+        ConfigError: there is no database.
+    """
+    home = database or current_database()
+    effect = Effect(home, definition)
+    home.keep_effect(effect)
+    return effect
+
+
+def _retrieve(starting: asyncio.Task[None]) -> None:
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        logger.error("an effect could not start: %s", error)

@@ -1,0 +1,647 @@
+"""Follows a query, claims the rows that enter it, and works on them, so many at a time.
+
+Several loops may follow one query, in one process or in many: each row is worked on by whoever
+has its claim, and what a process leaves in the middle another one takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import random
+from collections.abc import Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from aidb_ray.contracts import now_ms, time_ms
+from aidb_ray.effects.definition import EffectDefinition, Happened
+from aidb_ray.effects.outcomes import Standing, Start, decide_start
+from aidb_ray.effects.pending import PendingWork
+from aidb_ray.effects.statuses import StatusWrites
+from aidb_ray.effects.work import ClaimedRow, RowWork, error_of, fitting_args, rows_of
+from aidb_ray.errors import (
+    AidbError,
+    ConflictError,
+    FencedError,
+    KeyMissingError,
+    ToolError,
+)
+from aidb_ray.query.live import decoder_of, filter_of, to_changes
+from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
+from aidb_ray.store.changes import (
+    Change,
+    Claim,
+    Disown,
+    Filter,
+    Held,
+    Mutation,
+    Release,
+    Renew,
+    StoredRow,
+    Update,
+)
+from aidb_ray.store.claims import CLAIMS, ClaimRecord, decode_claim
+from aidb_ray.store.local import RowEvent, View
+
+if TYPE_CHECKING:
+    from aidb_ray.database import Database, Partition
+    from aidb_ray.store.subscription import Subscription
+
+logger = logging.getLogger(__name__)
+
+FAILURE_PAUSE_MS = 1_000
+TURN_PAUSE_MS = 50
+MAX_SPREAD = 1_024
+MAX_PARKED = 1_000
+
+Place = tuple[str, str]
+"""(session, key)"""
+
+
+@dataclass(frozen=True, slots=True)
+class EffectStatus:
+    """How one executor is doing.
+
+    Attributes:
+        pending: Rows that wait here, those being worked on included.
+        running: Rows being worked on.
+        parked: Rows of which a person must say what becomes of them.
+        finished: Rows whose end it has written since it began.
+        taken_over: Rows of which it took over what others had left in the middle.
+    """
+
+    name: str
+    holder: str
+    pid: int
+    pending: int
+    running: int
+    parked: int
+    finished: int
+    taken_over: int
+    fingerprint: str = ""
+
+
+class EffectLoop:
+    """One executor of an effect, in this event loop.
+
+    Args:
+        holder: Names this executor among all there ever are.
+        heir_of: How the names of those begin whose process is known to have ended.
+    """
+
+    def __init__(
+        self, database: Database, definition: EffectDefinition, holder: str, *, heir_of: str = ""
+    ) -> None:
+        self._database = database
+        self._definition = definition
+        self._holder = holder
+        self._heir_of = heir_of
+        self._context = copy_context()
+        self._queue: PendingWork[Place, Place] = PendingWork(max_running=definition.max_running)
+        self._pipeline: Pipeline[Any] = Pipeline(definition.query, decoder_of=decoder_of)
+        self._alias = definition.query.sources[0][0]
+        # How many rows of the answer each row is part of: more than one of a query that joins.
+        self._matching: dict[Place, int] = {}
+        self._arrived: list[RowChange] = []
+        self._views: list[View] = []
+        self._subscriptions: list[tuple[Partition, Subscription]] = []
+        self._rows: dict[Partition, View] = {}
+        self._records: dict[Place, tuple[ClaimRecord, int]] = {}
+        # Revisions that were written here and that the feed has not told yet.
+        self._written: dict[Place, int] = {}
+        self._works: dict[Place, RowWork] = {}
+        self._tasks: dict[Place, asyncio.Task[None]] = {}
+        self._parked: dict[Place, View] = {}
+        self._lonely: Place | None = None
+        self._spread = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._renew_now = asyncio.Event()
+        self._is_closing = False
+        self._finished = 0
+        self._taken_over = 0
+
+    @property
+    def status(self) -> EffectStatus:
+        """How it is doing."""
+        return EffectStatus(
+            name=self._definition.name,
+            holder=self._holder,
+            pid=os.getpid(),
+            pending=len(self._queue),
+            running=len(self._works),
+            parked=len(self._parked),
+            finished=self._finished,
+            taken_over=self._taken_over,
+            fingerprint=self._definition.fingerprint(),
+        )
+
+    # Hearing.
+
+    async def start(self) -> None:
+        """Begin to follow the query, and to work."""
+        database, session = self._database, self._definition.source.session or ""
+        partitions = database.sites_of(session)
+        if self._heir_of:
+            for partition in partitions:
+                await partition.client.commit([Disown(self._heir_of)])
+        for wanted in self._pipeline.inputs:
+            for partition in database.sites_of(wanted.source.session or ""):
+                hear = partial(self._hear, wanted)
+                view = self._follow(partition, filter_of(wanted), hear)
+                if wanted.name == self._alias:
+                    self._rows[partition] = view
+        for partition in partitions:
+            left = (("effect", (self._definition.name,)), ("state", ("orphan",)))
+            orphans = msgspec.structs.replace(self._filter(CLAIMS), where=left)
+            self._follow(partition, orphans, self._hear_orphans)
+            cancelled = msgspec.structs.replace(
+                self._filter(self._definition.source.name), where=(("status", ("cancelled",)),)
+            )
+            feed = partition.client.feed
+            subscription = feed.subscribe(cancelled, self._hear_ends, None, snapshot=False)
+            self._subscriptions.append((partition, subscription))
+        for view in self._views:
+            await view.ready()
+
+    def _filter(self, collection: str) -> Filter:
+        session = self._definition.source.session or ""
+        if session.endswith("*"):
+            return Filter(collection, prefix=session[:-1])
+        return Filter(collection, session)
+
+    def _follow(self, partition: Partition, wanted: Filter, hear: Any) -> View:
+        view = View(partition.client, partition.writes, wanted, hear, shows_writes=False)
+        self._views.append(view)
+        return view
+
+    def _hear(self, wanted: Input, events: Sequence[RowEvent]) -> None:
+        if not self._arrived:
+            # What a commit changed in several collections is taken in together.
+            asyncio.get_running_loop().call_soon(self._take_in)
+        self._arrived += to_changes([wanted.name], wanted.source, events)
+
+    def _take_in(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for delta in self._pipeline.advance(arrived):
+            place = self._place_of(delta)
+            if place is None:
+                continue
+            count = self._matching.get(place, 0) + {"enter": 1, "update": 0, "exit": -1}[delta.op]
+            if count > 0:
+                self._matching[place] = count
+                self._consider(place)
+            else:
+                self._matching.pop(place, None)
+                self._written.pop(place, None)
+                self._discard(place)
+        self._dispatch()
+
+    def _place_of(self, delta: Delta[Any]) -> Place | None:
+        return delta.key[0] if self._definition.query.is_joined else delta.key
+
+    def _consider(self, place: Place) -> None:
+        """Queue a row that the query finds, unless that is old news."""
+        row = self._row(place)
+        if row is None:
+            return
+        written = self._written.get(place)
+        if written is not None:
+            if row.revision <= written:
+                return
+            del self._written[place]
+        fields = self._fields(place, row)
+        owns = self._definition.owns
+        if owns is not None and not owns(fields):
+            return
+        not_before: object = fields.get("notBefore", fields.get("not_before"))
+        due_ms = time_ms(not_before) if isinstance(not_before, str) else 0
+        now = now_ms()
+        self._queue.put(place, place, not_before_ms=due_ms, now_ms=now)
+        self._queue.wake(place, now_ms=now)
+
+    def _row(self, place: Place) -> StoredRow | None:
+        """Return a row that the source's part of the query finds."""
+        view = self._rows.get(self._database.site_of(place[0]))
+        return None if view is None else view.synced.get(place)
+
+    def _hear_orphans(self, events: Sequence[RowEvent]) -> None:
+        collection = self._definition.source.name
+        for event in events:
+            if event.row is None:
+                # Somebody has taken it over, or its row is gone.
+                key = event.key.partition("\0")[2]
+                self._records.pop((event.session, key), None)
+                continue
+            record = decode_claim(event.row.value)
+            place = (event.session, record.row)
+            if record.collection == collection:
+                self._records[place] = (record, event.row.revision)
+                self._queue.put(place, place)
+                self._queue.wake(place, now_ms=now_ms())
+                # What was begun is ended first.
+                self._queue.hurry(place)
+        self._dispatch()
+
+    def _hear_ends(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            work = self._works.get((change.session, change.key))
+            if work is not None and change.value is not None:
+                status = rows_of(self._database, self._definition, change.session).fields_in(
+                    change.value, change.key
+                )["status"]
+                if status == "cancelled" and change.revision > work.revision:
+                    work.stop("ended", "cancelled")
+
+    # Dispatching.
+
+    def _dispatch(self) -> None:
+        if self._is_closing:
+            return
+        now = now_ms()
+        while self._lonely is None:
+            skip = random.randrange(self._spread + 1)  # noqa: S311  Spreads load, guards nothing.
+            place = self._queue.take(now_ms=now, skip=skip)
+            if place is None:
+                break
+            self._begin(place)
+        due_ms = self._queue.next_due_ms()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due_ms is not None and not self._queue.is_full:
+            delay = min(max(due_ms - now_ms(), 1), 60_000) / 1000
+            self._timer = asyncio.get_running_loop().call_later(delay, self._dispatch)
+
+    def _begin(self, place: Place) -> None:
+        loop = asyncio.get_running_loop()
+        self._tasks[place] = loop.create_task(self._work(place), context=self._context.copy())
+
+    async def _work(self, place: Place) -> None:
+        try:
+            await self._turn(place)
+        except FencedError as error:
+            logger.warning("a row is someone else's now: %s", error)
+            self._discard(place)
+        except AidbError:
+            # The row stays; its claim, if we have it, ends with its lease unless the store is back.
+            logger.exception("a row could not be worked on", extra={"key": place[1]})
+            self._queue.rest(place, until_ms=now_ms() + FAILURE_PAUSE_MS)
+        except Exception:
+            # Something that was not foreseen: others go on.
+            logger.exception("a row could not be worked on", extra={"key": place[1]})
+            self._queue.rest(place, until_ms=now_ms() + FAILURE_PAUSE_MS)
+        finally:
+            self._works.pop(place, None)
+            del self._tasks[place]
+            if self._lonely == place:
+                self._lonely = None
+            self._queue.done(place, now_ms=now_ms())
+            self._dispatch()
+
+    async def _turn(self, place: Place) -> None:
+        """Do what is to be done with a row, as far as that is ours to do."""
+        row = self._row(place)
+        if row is None:
+            found = None
+            if place in self._records:
+                client = self._database.site_of(place[0]).client
+                found = await client.find(place[0], self._definition.source.name, place[1])
+            if found is None:
+                self._forget(place)
+                return
+            row = StoredRow(found.revision, found.value)
+        standing = self._standing(place, row)
+        start = self._decide(place, standing, row)
+        match start:
+            case "leave":
+                self._forget(place)
+            case "wait":
+                self._queue.rest(place)
+            case "park":
+                self._park(place)
+            case _:
+                if standing.is_suspect and not self._be_alone(place):
+                    return
+                await self._take(place, row, standing, start)
+
+    def _standing(self, place: Place, row: StoredRow) -> Standing:
+        record, recorded_at = self._records.get(place, (None, 0))
+        fields = self._fields(place, row)
+        is_complete = self._definition.is_complete
+        return Standing(
+            record=record,
+            recorded_at=recorded_at,
+            row_revision=row.revision,
+            matches=place in self._matching,
+            status=fields.get("status"),
+            approval=fields.get("approval"),
+            is_complete=None if is_complete is None else is_complete(self._decode(place, row)),
+        )
+
+    def _decide(self, place: Place, standing: Standing, row: StoredRow) -> Start:
+        definition = self._definition
+        doubt, needs = definition.on_in_doubt, definition.needs_approval
+        return decide_start(
+            standing,
+            in_doubt="reconcile" if callable(doubt) else doubt,
+            needs_approval=needs is not None and needs(self._fields(place, row)),
+            max_interruptions=definition.retry.max_interruptions,
+        )
+
+    def _decode(self, place: Place, row: StoredRow) -> Any:
+        rows = rows_of(self._database, self._definition, place[0])
+        return rows.decode_row(row.value, place[1])
+
+    def _fields(self, place: Place, row: StoredRow) -> dict[str, Any]:
+        rows = rows_of(self._database, self._definition, place[0])
+        return rows.fields_in(row.value, place[1])
+
+    def _be_alone(self, place: Place) -> bool:
+        """Whether nothing else runs here; else what runs ends first, and nothing new begins."""
+        if len(self._tasks) == 1:
+            self._lonely = place
+            return True
+        self._queue.rest(place, until_ms=now_ms() + TURN_PAUSE_MS)
+        return False
+
+    # Working.
+
+    async def _take(self, place: Place, row: StoredRow, standing: Standing, start: Start) -> None:
+        """Claim a row and see it to its end."""
+        try:
+            claimed = await self._claim(place, row, standing)
+        except ConflictError as error:
+            self._yield_to(place, error)
+            return
+        except KeyMissingError:
+            self._forget(place)
+            return
+        self._spread = self._spread * 3 // 4
+        self._records.pop(place, None)
+        self._taken_over += standing.is_orphan
+        work = self._works[place] = RowWork(
+            self._database,
+            self._definition,
+            claimed,
+            matches=lambda: self._matches_since(place, work),
+            heartbeat=self._heartbeat,
+        )
+        self._keep_renewing()
+        try:
+            is_finished = await self._see_through(work, start)
+            self._finished += is_finished
+        finally:
+            if place in self._matching:
+                self._written[place] = work.revision
+            self._discard(place)
+            if work.thread.is_running:
+                # A thread cannot be stopped: its slot stays taken until it returns.
+                work.thread.is_given_up = True
+                await work.thread.wait()
+
+    async def _claim(self, place: Place, row: StoredRow, standing: Standing) -> ClaimedRow:
+        """Claim a row, and say in the same commit that it is being worked on.
+
+        Raises:
+            ConflictError: somebody else has it, or it is not as we know it.
+            KeyMissingError: it is gone.
+        """
+        definition = self._definition
+        session, key = place
+        name = definition.source.name
+        mutations: list[Mutation] = []
+        value, note = row.value, str(standing.status)
+        attempt = standing.attempts + 1
+        if definition.on_executing is None:
+            rows = rows_of(self._database, definition, session)
+            writes = StatusWrites(rows, definition.statuses)
+            changes = writes.executing(attempt, is_in_doubt=standing.is_orphan)
+            patch = rows.patch_of(key, changes)
+            value = rows.patched(row.value, patch)
+            note = definition.statuses[0]
+            mutations.append(Update(session, name, key, value, row.revision))
+        claim = Claim(
+            session,
+            name,
+            key,
+            definition.name,
+            self._holder,
+            definition.lease_ms,
+            base=row.revision,
+            attempts=standing.attempts,
+            note=note,
+        )
+        client = self._database.site_of(session).client
+        sent = client.commit([claim, *mutations])
+        try:
+            token = await asyncio.shield(sent)
+        except asyncio.CancelledError:
+            await asyncio.wait([sent])
+            if sent.exception() is None:
+                await self._give_back(place, row, sent.result(), is_changed=bool(mutations))
+            raise
+        stored = StoredRow(token, value) if mutations else row
+        return ClaimedRow(session, name, key, token, attempt, stored, note, standing.is_orphan)
+
+    async def _give_back(
+        self, place: Place, row: StoredRow, token: int, *, is_changed: bool
+    ) -> None:
+        """Leave a row that was claimed as it was: nothing of it has run."""
+        where = (place[0], self._definition.source.name, place[1])
+        back: list[Mutation] = [Release(*where, token, "free")]
+        if is_changed:
+            back.append(Update(*where, row.value, token))
+        try:
+            await self._database.site_of(place[0]).client.commit(back, held=Held(*where, token))
+        except AidbError as error:
+            logger.warning("a claim could not be given back, its lease will end: %s", error)
+
+    def _yield_to(self, place: Place, error: ConflictError) -> None:
+        """Leave a row that could not be claimed to whoever has it, or look at it again."""
+        now = now_ms()
+        match error.code:
+            case "claim_changed" if error.current is None:
+                self._records.pop(place, None)
+            case "claim_changed":
+                # Claimed before in a way that we had not heard of. The refusal has the record.
+                record = msgspec.convert(error.current, ClaimRecord)
+                self._records[place] = (record, error.revision)
+            case "claimed":
+                self._spread = min(self._spread * 2 + 1, MAX_SPREAD)
+                # Whoever has it writes its end, or leaves an orphan; should that not be heard of,
+                # it is tried again.
+                self._queue.rest(place, until_ms=now + self._definition.lease_ms)
+            case _:
+                # It has changed, of which the feed will tell.
+                self._spread = min(self._spread * 2 + 1, MAX_SPREAD)
+                self._queue.rest(place, until_ms=now + FAILURE_PAUSE_MS)
+
+    async def _see_through(self, work: RowWork, start: Start) -> bool:
+        """Do what was decided; True if the row's end was written here."""
+        match start:
+            case "reject":
+                words = work.field("reason") or "It was decided that the call is not run."
+                return await work.fail(ToolError(str(words), code="rejected"))
+            case "fail_in_doubt":
+                return await work.fail(_in_doubt())
+            case "give_up":
+                return await work.fail(_crashed(self._definition.retry.max_interruptions))
+            case "reconcile":
+                try:
+                    happened = await self._reconcile(work)
+                except AidbError as error:
+                    if not isinstance(error, ToolError):
+                        raise
+                    return await work.fail(error)
+                if happened is not None:
+                    return await work.complete(happened.result)
+                return await work.run()
+            case _:
+                return await work.run()
+
+    async def _reconcile(self, work: RowWork) -> Happened | None:
+        reconcile = self._definition.on_in_doubt
+        assert callable(reconcile)
+        try:
+            said = reconcile(*fitting_args(reconcile, (work.row, work.context())))
+            if inspect.isawaitable(said):
+                said = await said
+        except AidbError:
+            raise
+        except Exception as error:
+            logger.exception("the reconcile function of %r failed", self._definition.name)
+            raise error_of(error, code="in_doubt") from error
+        if said is None or isinstance(said, Happened):
+            return said
+        raise ToolError(
+            f"A reconcile function returns Happened(result) or None, not {said!r}.",
+            code="in_doubt",
+        )
+
+    def _matches_since(self, place: Place, work: RowWork) -> bool:
+        """Whether the query finds the row as somebody else has written it."""
+        row = self._row(place)
+        return place in self._matching and row is not None and row.revision >= work.revision
+
+    def _discard(self, place: Place) -> None:
+        # Unless it was taken from us meanwhile, so that it is to be taken over again.
+        if place not in self._records:
+            self._queue.discard(place, place)
+
+    def _forget(self, place: Place) -> None:
+        self._queue.discard(place, place)
+        self._records.pop(place, None)
+
+    # Leases.
+
+    def _heartbeat(self) -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(self._renew_now.set)
+
+    def _keep_renewing(self) -> None:
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.get_running_loop().create_task(self._renew())
+
+    async def _renew(self) -> None:
+        while self._works:
+            try:
+                async with asyncio.timeout(self._definition.lease_ms / 3000):
+                    await self._renew_now.wait()
+            except TimeoutError:
+                pass
+            self._renew_now.clear()
+            partitions = {self._database.site_of(session) for session, _ in self._works}
+            await asyncio.gather(*map(self._renew_in, partitions))
+
+    async def _renew_in(self, partition: Partition) -> None:
+        try:
+            await partition.client.commit([Renew(self._holder, self._definition.lease_ms)])
+        except FencedError:
+            logger.warning("the lease of %s has ended; what ran here is dropped", self._holder)
+            for (session, _), work in list(self._works.items()):
+                if self._database.site_of(session) is partition:
+                    work.stop("fenced", "the claim was lost")
+        except AidbError as error:
+            logger.warning("a lease could not be renewed: %s", error)
+
+    # Parking.
+
+    def _park(self, place: Place) -> None:
+        """Leave a row until somebody writes it."""
+        if place in self._parked:
+            self._queue.rest(place)
+            return
+        if len(self._parked) >= MAX_PARKED:
+            self._queue.rest(place, until_ms=now_ms() + 60_000)
+            return
+        logger.warning("%r was left in the middle; a person decides what becomes of it", place[1])
+        self._queue.rest(place)
+        session, key = place
+        wanted = Filter(self._definition.source.name, session, where=(("id", (key,)),))
+        partition = self._database.site_of(session)
+        hear = partial(self._hear_parked, place)
+        self._parked[place] = View(
+            partition.client, partition.writes, wanted, hear, shows_writes=False
+        )
+
+    def _hear_parked(self, place: Place, events: Sequence[RowEvent]) -> None:
+        _, recorded_at = self._records.get(place, (None, 0))
+        for event in events:
+            if event.row is not None and event.row.revision <= recorded_at:
+                continue
+            view = self._parked.pop(place, None)
+            if view is not None:
+                view.close()
+            self._queue.wake(place, now_ms=now_ms())
+        self._dispatch()
+
+    # Ending.
+
+    async def aclose(self) -> None:
+        """Stop what runs where it is, for others to take over, and follow nothing any more.
+
+        Waits up to `grace_ms` for tools in threads.
+        """
+        self._is_closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for view in (*self._views, *self._parked.values()):
+            view.close()
+        for partition, subscription in self._subscriptions:
+            partition.client.feed.unsubscribe(subscription)
+        for place, task in self._tasks.items():
+            work = self._works.get(place)
+            if work is None:
+                task.cancel()
+            else:
+                work.stop("closed", "the executor closes")
+        if self._tasks:
+            grace = self._definition.grace_ms / 1000
+            _, running = await asyncio.wait(set(self._tasks.values()), timeout=grace)
+            for task in running:
+                logger.warning("a tool runs in a thread and does not return; it is left alone")
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+
+
+def _in_doubt() -> ToolError:
+    return ToolError(
+        "The process died while the tool ran; it may have had its effect or not.", code="in_doubt"
+    )
+
+
+def _crashed(times: int) -> ToolError:
+    return ToolError(
+        f"The executor's process ended {times} times while the tool ran. Look for what ends it.",
+        code="tool_crashed",
+    )
