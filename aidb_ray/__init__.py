@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         UsageLimits,
         durable_agent,
     )
+    from aidb_ray.agents.delegation import AgentTool
     from aidb_ray.agents.drain import DrainLifecycle, DrainResult
     from aidb_ray.agents.replies import ReplyHandle
+    from aidb_ray.agents.worker import WorkerAgent, create_worker_agent
     from aidb_ray.chunks import replay, stream_to_collection
     from aidb_ray.contracts import (
         AgentMessage,
@@ -124,6 +126,7 @@ __all__ = [
     "Agent",
     "AgentDefinition",
     "AgentMessage",
+    "AgentTool",
     "AidbError",
     "Backoff",
     "CancelRequest",
@@ -183,6 +186,7 @@ __all__ = [
     "UnavailableError",
     "UsageLimits",
     "WebhookError",
+    "WorkerAgent",
     "add",
     "and_",
     "answer",
@@ -197,6 +201,7 @@ __all__ = [
     "create_agent",
     "create_generation_effect",
     "create_tool_execution_effect",
+    "create_worker_agent",
     "declare_tool",
     "divide",
     "durable_agent",
@@ -239,9 +244,12 @@ _WHERE = {
     "Retry": "aidb_ray.agents.definition",
     "UsageLimits": "aidb_ray.agents.definition",
     "durable_agent": "aidb_ray.agents.definition",
+    "AgentTool": "aidb_ray.agents.delegation",
     "DrainLifecycle": "aidb_ray.agents.drain",
     "DrainResult": "aidb_ray.agents.drain",
     "ReplyHandle": "aidb_ray.agents.replies",
+    "WorkerAgent": "aidb_ray.agents.worker",
+    "create_worker_agent": "aidb_ray.agents.worker",
     "replay": "aidb_ray.chunks",
     "stream_to_collection": "aidb_ray.chunks",
     "AgentMessage": "aidb_ray.contracts",

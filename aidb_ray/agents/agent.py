@@ -169,17 +169,27 @@ class Agent:
         self.database = database
         self._url = url
         self._shard_count = shards
+        # Both of one that is attached to only once they are known.
+        self.is_raw = False
+        self.reaches: frozenset[str] = frozenset()
         self._refs: list[ActorRef[AgentActor]] = []
         self._loops: dict[asyncio.AbstractEventLoop, _InLoop] = {}
 
     def __repr__(self) -> str:
         return f"<Agent {self.name!r}>"
 
+    @property
+    def stream_url(self) -> str | None:
+        """The session, or the pattern of sessions, it works for; None while that is not known."""
+        return self._url
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _handle_of, (self.database, self.name, self._url, self._shard_count)
 
     def begin(self, definition: AgentDefinition | None, on_change: OnChange) -> None:
         """Start or find the shards in the background."""
+        if definition is not None:
+            self.is_raw, self.reaches = definition.is_raw, definition.reaches
         starting = asyncio.get_running_loop().create_task(self._begin(definition, on_change))
         starting.add_done_callback(_retrieve)
         self._here().starting = starting
@@ -315,7 +325,11 @@ class Agent:
         matches a `pending_work`; see `create_agent`.
         """
         await self.ready()
-        if self._url is None or not self._url.startswith("aidb://"):
+        if self.is_raw or self._url is None:
+            if session is not None:
+                named = session.url if isinstance(session, Session) else session
+                asked = [ref.ask(AgentActor.has_pending, named) for ref in self._refs]
+                return any(await asyncio.gather(*asked))
             return any(status.pending for status in await self.status())
         url = self._url if session is None else self._url_of(session)
         where = (("targetAgent", (self.name,)), ("processed", (False,)))
@@ -424,6 +438,7 @@ class Agent:
             self._refs = await start_shards(self.database, definition, on_change)
             return
         self._refs, status = await find_shards(self.database, self.name)
+        self.is_raw, self.reaches = status.is_raw, status.reaches
         if self._url is None:
             self._url = status.stream_url
             self._listen()

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 from pydantic import BaseModel
 
+from aidb_ray.agents.delegation import AgentTool, Delegate, check_delegates
 from aidb_ray.contracts import AgentMessage, is_valid_name
 from aidb_ray.errors import ConfigError
 from aidb_ray.models.base import TextAdapter, adapter_fingerprint, check_adapter
@@ -105,6 +106,7 @@ class AgentDefinition:
     adapter: TextAdapter | None = None
     instructions: str = ""
     tools: tuple[Tool, ...] = ()
+    agents: tuple[Delegate, ...] = ()
     stream_url: str = ""
     build_messages: BuildMessages | None = None
     history: History = History()
@@ -134,6 +136,22 @@ class AgentDefinition:
         """Whether it works for every session that matches."""
         return self.stream_url.endswith("*")
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether it answers rows of the user's own, and not messages."""
+        return self.pending_work is not None
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """What the model may call: tools and other agents."""
+        return (*self.tools, *(delegate.tool for delegate in self.agents))
+
+    @property
+    def reaches(self) -> frozenset[str]:
+        """Names of the agents that it delegates to, and they in turn, as far as known."""
+        names = frozenset(delegate.name for delegate in self.agents)
+        return names.union(*(delegate.reaches for delegate in self.agents))
+
     def fingerprint(self) -> str:
         """Return a digest of what makes this agent answer as it does.
 
@@ -144,6 +162,7 @@ class AgentDefinition:
             "instructions": self.instructions,
             "adapter": None if self.adapter is None else adapter_fingerprint(self.adapter),
             "tools": sorted(tool.fingerprint() for tool in self.tools),
+            "agents": sorted(delegate.fingerprint() for delegate in self.agents),
             "stream_url": self.stream_url,
             "output": None
             if self.output_schema is None
@@ -162,6 +181,7 @@ def durable_agent(
     adapter: TextAdapter,
     instructions: str = "",
     tools: Sequence[Tool] = (),
+    agents: Sequence[AgentTool] = (),
     stream_url: str | None = None,
     build_messages: Callable[[list[AgentMessage], Any], Any] | None = None,
     history: History | None = None,
@@ -185,24 +205,32 @@ def durable_agent(
         name: Messages with this `target_agent` are its work.
         adapter: The model.
         instructions: Given to the model as its system prompt.
-        tools: What the model may call. They run in the agent's process; each call is a row.
+        tools: What the model may call; each call is a row. They run in the agent's process, but
+            for those that run elsewhere. Calls that need an approval, or run elsewhere, have the
+            generation wait, for as long as it takes and across restarts.
+        agents: Other agents that the model may ask, as it calls tools. Question and answer are
+            messages of the session, correlated by `request_id` and `in_reply_to`; while it waits
+            the generation is left alone, across restarts of either. A request that fails, or is
+            cancelled, is answered with the error. What ends this generation before its time
+            cancels what it asked.
         stream_url: One session, or a pattern ending in `*`: every session that matches, now and
-            later. Default `aidb://<name>/*`.
+            later. Default `aidb://<name>/*`. Agents it delegates to must work for them, too.
         build_messages: `(pending, ctx) -> messages` for the model; default: the history.
         history: How much of the session the model reads.
         output_schema: The reply is JSON that fits this model.
         max_iterations: Model rounds in one generation.
         retry: How errors of the provider are tried again, and how often lost processes.
         usage_limits: Bounds of one generation.
-        run_timeout_ms: Bound on one generation in this process.
+        run_timeout_ms: Bound on the work on one generation in this process, and on its age while
+            it waits for others.
         idle_timeout_ms: Longest silence of a model, that before its first event included; None
             is without bound. A stream that does not end when it is cancelled for it is cancelled
             again for 5 s, then left behind.
         on_in_doubt: What becomes of a tool call that was running when the process died: run it
-            again under the same idempotency key, answer it with an error, or park the session
-            until every such call is decided. Whoever decides writes the call's row: a terminal
-            `status` with `result` or `error`, or `approval`: `approved` has it run again once,
-            `rejected` answers it with an error.
+            again under the same idempotency key, answer it with an error, or leave the session
+            alone until it is decided. Whoever decides writes the call's row: a terminal `status`
+            with `result` or `error`, or `approval`, as `approve` and `reject` do: `approved` has
+            it run again once, `rejected` answers it with an error.
         on_crash: What becomes of a model round whose process died in the middle. Both ways it is
             a new attempt. `"retry"` asks again from the start of the round. `"continue"` gives the
             model what it had said, as far as that is stored, as a last assistant message, and the
@@ -214,7 +242,7 @@ def durable_agent(
         version: Part of the agent's identity; change it when code changes that no schema shows.
         shards: Processes that share the sessions by bucket.
         max_running: Sessions at work at once, per shard; the others wait as queue entries.
-        ray_options: Resources of each shard, such as `num_cpus`.
+        ray_options: Resources of each shard: `num_cpus`, `num_gpus`, `resources`, `runtime_env`.
         autostart: Whether it works by itself; else only when `drain_until_idle` or
             `run_generation_cycle` is called.
     """
@@ -223,6 +251,7 @@ def durable_agent(
         adapter=adapter,
         instructions=instructions,
         tools=tuple(tools),
+        agents=tuple(each.to_delegate() for each in agents),
         stream_url=stream_url if stream_url is not None else f"aidb://{name}/*",
         build_messages=build_messages,
         history=history or History(),
@@ -284,17 +313,18 @@ def _check(definition: AgentDefinition) -> None:
         raise ConfigError(f"{name!r} cannot name an agent.", code="invalid_name")
     if definition.adapter is not None or definition.generate is None:
         check_adapter(definition.adapter)
-    check_tools(definition.tools)
+    check_tools(definition.offered)
+    if definition.agents and definition.is_raw:
+        raise ConfigError(
+            "Only agents over messages delegate; ask others in `generate` as you like.",
+            code="invalid_option",
+        )
+    check_delegates(name, definition.stream_url, definition.agents)
     for tool in definition.tools:
-        if not tool.has_implementation:
+        if not tool.has_implementation and not tool.runs_elsewhere:
             raise ConfigError(
                 f"Tool {tool.name!r} has no implementation; agents run their tools themselves.",
                 code="missing_implementation",
-            )
-        if tool.needs_approval:
-            raise ConfigError(
-                f"Tool {tool.name!r} needs an approval, for which agents cannot wait yet.",
-                code="approval_unsupported",
             )
     url = definition.stream_url
     if definition.pending_work is None and (

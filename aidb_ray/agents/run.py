@@ -10,119 +10,49 @@ import asyncio
 import inspect
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel
 
 from aidb_ray.agents import cycle as machine
+from aidb_ray.agents.assignment import Assignment, Shard
+from aidb_ray.agents.calls import (
+    RoundCalls,
+    make_record,
+    make_session,
+    standings,
+    waiting_for,
+)
+from aidb_ray.agents.commits import Commits
 from aidb_ray.agents.continuation import put_taken_over, read_newest_round
-from aidb_ray.agents.cycle import Cycle, End, Limits, RoundFailed, RoundFinished
-from aidb_ray.agents.definition import AgentDefinition
-from aidb_ray.agents.recorder import Recorder, SilenceLimit
-from aidb_ray.agents.rows import (
-    GenerationRow,
-    MessageRow,
-    ToolCallRow,
-    UsageRow,
-    encode_row,
-    now_text,
-    random_id,
-)
-from aidb_ray.agents.session import SessionState, args_text
-from aidb_ray.chunks import (
-    ChunkBuffer,
-    ChunkCollection,
-    ChunkFlusher,
-    Ending,
-)
-from aidb_ray.contracts import AgentMessage, ToolCallStatus, time_text
-from aidb_ray.errors import (
-    AidbError,
-    ConflictError,
-    ContractError,
-    FencedError,
-    KeyMissingError,
-    ModelError,
-    RowError,
-    RunCancelledError,
-    StorageError,
-    ToolError,
-    UnavailableError,
-)
+from aidb_ray.agents.cycle import Cycle, End, Limits, OutputRefused, RoundFailed, RoundFinished
+from aidb_ray.agents.ending import Ending, code_of, in_words, is_of_store, to_usage_row
+from aidb_ray.agents.parking import Waiting
+from aidb_ray.agents.recorder import Recorder
+from aidb_ray.agents.rows import GenerationRow, now_ms, now_text, random_id, time_ms
+from aidb_ray.chunks import ChunkBuffer, ChunkCollection
+from aidb_ray.contracts import AgentMessage
+from aidb_ray.errors import ContractError, FencedError, ModelError, RunCancelledError
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages, stream_round
 from aidb_ray.models.base import Usage as ModelUsage
-from aidb_ray.models.chat import parse_output, unknown_tool
+from aidb_ray.models.chat import MAX_OUTPUT_REPAIRS, parse_output
 from aidb_ray.models.signals import Signal
-from aidb_ray.models.tools import Tool, ToolContext
-from aidb_ray.store.changes import CHUNKS, Append, Insert, Mutation, Runner, StoredRow, Update
-from aidb_ray.store.collection import Group, current_group
-from aidb_ray.store.columns import EMPTY
-from aidb_ray.store.local import LocalWrites, View
+from aidb_ray.models.tools import Record, Tool
+from aidb_ray.store.changes import Mutation
 from aidb_ray.store.rows import codec_of
-from aidb_ray.store.transaction import MAX_REMAKES, Intent, make_mutations
+from aidb_ray.store.transaction import Intent
 
 if TYPE_CHECKING:
     from ag_ui.core import Event
 
-    from aidb_ray.database import Database, Session
-    from aidb_ray.store.changes import ChunkColumns
-    from aidb_ray.store.client import StoreClient
+    from aidb_ray.database import Session
 
 logger = logging.getLogger(__name__)
 
-MAX_RUNNING_TOOLS = 16
-_CLOSES: Mapping[machine.Ending, Ending] = {
-    "completed": "finished",
-    "failed": "raised",
-    "cancelled": "cancelled",
-}
-
 _message_codec = codec_of(AgentMessage, "id")
-
-
-@dataclass(slots=True)
-class Shard:
-    """What all runs of one shard share.
-
-    Attributes:
-        writes: Own writes of this process, on top of `view`.
-        view: The rows that may be in the `pending_work`, if it has one.
-    """
-
-    definition: AgentDefinition
-    database: Database
-    client: StoreClient
-    writes: LocalWrites
-    flusher: ChunkFlusher
-    silence: SilenceLimit
-    runner: Runner
-    tools: Mapping[str, Tool]
-    view: View | None = None
-    running: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What one run shall do.
-
-    Attributes:
-        pending: Keys of the rows to answer; none if whoever waited has gone.
-        rows: Those rows, of a `pending_work`.
-        generation: The one to go on with, if it was begun before.
-        is_leftover: Whether the rows waited when this process began: an earlier one may have died
-            of them before it could write anything.
-    """
-
-    pending: Sequence[str]
-    rows: Sequence[Any] = ()
-    generation: GenerationRow | None = None
-    is_leftover: bool = False
-
 
 W = TypeVar("W")
 
@@ -135,6 +65,7 @@ class GenerateContext(Generic[W]):
         messages: The conversation for the model.
         pending: The rows to answer.
         signal: Fires when the run should stop.
+        record: Where steps are kept.
     """
 
     session: Session
@@ -145,41 +76,47 @@ class GenerateContext(Generic[W]):
     signal: Signal
     generation_id: str
     attempt: int
+    record: Record
+
+    async def step(self, name: str, fn: Callable[[], Any]) -> Any:
+        """Run `fn`, plain or async, and record its result; return that, as plain JSON.
+
+        Once the result is durable, no later attempt of this generation runs `fn` again. See
+        `ToolContext.step`.
+        """
+        return await self.record.step(name, fn)
 
 
 class GenerationRun:
     """Runs one generation of one session, from where its rows say it stands."""
 
-    def __init__(
-        self,
-        shard: Shard,
-        session: str,
-        state: SessionState,
-        assignment: Assignment,
-    ) -> None:
+    def __init__(self, shard: Shard, assignment: Assignment) -> None:
         self._shard = shard
         self._definition = shard.definition
-        self._session = session
-        self._state = state
+        self._session = assignment.session
+        self._state = assignment.state
         self._assignment = assignment
         self._pending = list(assignment.pending)
         self._pending_rows = list(assignment.rows)
         self._cycle: Cycle
-        self._generation: GenerationRow
-        self._buffer: ChunkBuffer
         self._recorder: Recorder
+        self._commits = Commits(shard, self._session, self._state)
+        self.signal = Signal()
+        self._calls = RoundCalls(shard, self._session, self._state, self._commits, self.signal)
+        self._ending = Ending(shard, self._session, self._state, self._commits, self._pending)
         self._reply: Any = None
-        self._sent: asyncio.Future[int] | None = None
-        self._unsent: tuple[Append, ChunkColumns] | None = None
-        # The task that runs it, while it may be stopped there.
+        # The task that runs it, while it may be stopped there, and how it ends once it was.
         self._stoppable: asyncio.Task[Any] | None = None
+        self._stopped: machine.Cancelled | machine.TimedOut | None = None
         self._unwritten: RoundFinished | None = None
         # What the model had said of the unfinished round before a crash; it goes on from there.
         self._taken_over = ""
-        self._is_cancelled = False
-        self.signal = Signal()
+        self._repairs: list[ModelMessage] = []
+        self._record: tuple[int, Record] | None = None
         limits = self._definition
-        self._limits = Limits(limits.max_iterations, limits.retry, limits.usage_limits)
+        self._limits = Limits(
+            limits.max_iterations, limits.retry, limits.usage_limits, MAX_OUTPUT_REPAIRS
+        )
 
     @property
     def answered(self) -> Sequence[str]:
@@ -187,106 +124,149 @@ class GenerationRun:
         return self._pending
 
     @property
+    def generation_id(self) -> str:
+        """Id of the generation, `""` before it has begun."""
+        found = self._assignment.generation
+        if found is not None:
+            return found.id
+        return self._commits.generation.id if hasattr(self._commits, "generation") else ""
+
+    @property
     def is_suspect(self) -> bool:
         """See `Cycle.is_suspect`; not before it has begun."""
         return self._cycle.is_suspect
 
-    async def run(self) -> bool:
-        """Run until the generation has ended; False if a person must decide before it goes on.
+    async def run(self) -> Waiting | Literal["ended", "changed"]:
+        """Run until the generation has ended, or must wait.
 
         If the task is cancelled it stops where it is, and a later run goes on from the rows.
+
+        Returns:
+            `ended`; what it waits for, if others must go first; or `changed`, if they have written
+            rows that it goes on from, which must be read again.
 
         Raises:
             FencedError: another runner has the session.
         """
         command = await self._begin()
-        if isinstance(command, machine.Park):
-            logger.warning("tool calls in doubt wait for a person: %s", ", ".join(command.keys))
-            return False
+        if isinstance(command, machine.Wait):
+            return self._waiting(command)
         try:
-            await self._end(*await self._decide(command))
+            outcome, intents = await self._decide(command)
+            if outcome is None:
+                return "changed"
+            if isinstance(outcome, machine.Wait):
+                return self._waiting(outcome)
+            await self._ending.write(outcome, self._cycle, intents)
         except asyncio.CancelledError:
             # What is on its way will be applied: whoever goes on with the rows must see it.
-            await self._settled()
+            await self._commits.settled()
             raise
         finally:
-            self._shard.flusher.discard(self._buffer)
-        return True
+            self._shard.flusher.discard(self._commits.buffer)
+        return "ended"
 
     def cancel(self, reason: str) -> None:
         """Have the generation end as cancelled, unless its end is being written already."""
-        self._is_cancelled = True
+        self._stop(machine.Cancelled(reason), reason)
+
+    def _stop(self, why: machine.Cancelled | machine.TimedOut, reason: str) -> None:
+        self._stopped = self._stopped or why
         self.signal.abort(reason)
         task, self._stoppable = self._stoppable, None
         if task is not None:
             task.cancel()
 
-    async def _decide(self, command: machine.Command) -> tuple[End, list[Intent]]:
-        """Run up to the end, and return it with what `on_response` writes."""
+    def _time_out(self, limit_ms: int) -> None:
+        self._stop(machine.TimedOut(limit_ms), "run timeout")
+
+    def _waiting(self, wait: machine.Wait) -> Waiting:
+        found = self._assignment.generation or self._commits.generation
+        return waiting_for(self._state, found, wait.keys, self._definition)
+
+    async def _decide(
+        self, command: machine.Command
+    ) -> tuple[End | machine.Wait | None, list[Intent]]:
+        """Run up to the end, and return it with what `on_response` writes; or see `_follow`."""
         limit = self._definition.run_timeout_ms
         task = self._stoppable = asyncio.current_task()
         assert task is not None
         intents: list[Intent] = []
-        bound = None if limit is None else asyncio.timeout(limit / 1000)
+        timer = None
+        if limit is not None:
+            timer = asyncio.get_running_loop().call_later(limit / 1000, self._time_out, limit)
         try:
-            async with bound or nullcontext():
-                end = await self._follow(command)
-                if end.ending == "completed":
-                    intents = await self._respond()
+            outcome = await self._follow(command)
+            if isinstance(outcome, End) and outcome.ending == "completed":
+                response = await self._ending.respond(self._reply, self._rows_to_answer())
+                if isinstance(response, End):
+                    return response, []
+                intents = response
         except asyncio.CancelledError:
-            # A tool that is stopped aborts the signal as well, whoever stops it.
-            if not self._is_cancelled:
+            if self._stopped is None:
                 raise
             task.uncancel()
-        except TimeoutError:
-            if bound is None or not bound.expired():
-                raise
-            self.signal.abort("run timeout")
-            return End("failed", error=f"It took over {limit} ms.", code="run_timeout"), []
         except ContractError as error:
             return End("failed", error=str(error), code=error.code), []
-        except _ResponseFailed as failed:
-            return End("failed", error=str(failed), code=failed.code), []
         else:
             if not self.signal.is_aborted:
-                return end, intents
+                return outcome, intents
         finally:
             self._stoppable = None
-        return End("cancelled", error=self.signal.reason), []
+            if timer is not None:
+                timer.cancel()
+        return self._end_when_stopped(), []
+
+    def _end_when_stopped(self) -> End:
+        # The user's functions have the signal, too.
+        return self._cut_short(self._stopped or machine.Cancelled(self.signal.reason))
+
+    def _cut_short(self, why: machine.Cancelled | machine.TimedOut) -> End:
+        self._cycle, _ = machine.advance(self._cycle, why, self._limits)
+        return machine.end_of(why)
 
     async def _begin(self) -> machine.Command:
         found = self._assignment.generation
+        is_new_attempt = True
         if found is None:
             command: machine.Command = machine.AskModel()
             generation, next_index = self._new_generation(), 0
             self._cycle = Cycle(generation.id)
-            mutation: Mutation = self._insert("generations", generation.id, generation)
+            mutation: Mutation = self._commits.insert("generations", generation.id, generation)
         else:
             command = self._resume(found)
-            if isinstance(command, machine.Park):
+            if isinstance(command, machine.Wait):
                 return command
+            is_new_attempt = self._cycle.attempt != found.attempt
             page = await self._shard.client.read_chunks(self._session, found.id, 1 << 62)
             next_index = page.next_index
-            if isinstance(command, machine.AskModel) and self._definition.generate is None:
+            if is_new_attempt and page.attempt >= self._cycle.attempt:
+                # Rounds that are tried again in one process are counted with the next commit only.
+                attempt = page.attempt + 1
+                self._cycle = msgspec.structs.replace(self._cycle, attempt=attempt)
+            asks = isinstance(command, machine.AskModel)
+            if asks and is_new_attempt and self._definition.generate is None:
                 await self._take_up_round(found)
             generation = self._next_attempt(found)
-            mutation = self._update("generations", generation)
-        self._keep(generation)
-        self._buffer = ChunkBuffer(
+            mutation = self._commits.update("generations", generation)
+        commits = self._commits
+        commits.keep(generation)
+        buffer = commits.buffer = ChunkBuffer(
             self._session, generation.id, next_index=next_index, attempt=self._cycle.attempt
         )
-        self._begin_attempt()
+        if is_new_attempt:
+            self._begin_attempt()
         shard = self._shard
-        self._recorder = Recorder(self._buffer, shard.flusher, shard.silence)
+        self._recorder = Recorder(buffer, shard.flusher, shard.silence)
         is_suspicious = found is not None or self._assignment.is_leftover
         if is_suspicious and isinstance(command, machine.AskModel):
             # Durable before the user's code runs, or the processes it ends could not be counted.
-            await self._write([mutation], EMPTY, lambda _: None)
+            await commits.write([mutation], lambda _: None)
         else:
             # The model may be called before this is durable: commits of one client keep their
             # order, so if this one is refused, so is what follows.
-            self._send([mutation]).add_done_callback(_retrieve)
-        self._shard.flusher.open(self._buffer, self._shard.runner)
+            commits.send([mutation]).add_done_callback(_retrieve)
+        shard.flusher.open(buffer, shard.runner)
         return command
 
     def _new_generation(self) -> GenerationRow:
@@ -301,19 +281,21 @@ class GenerationRun:
 
     def _resume(self, found: GenerationRow) -> machine.Command:
         """Return what follows for a generation that was begun before."""
-        state, definition = self._state, self._definition
-        is_interrupted = not state.was_written_since(found.id, self._shard.runner.epoch)
         self._cycle, command = machine.resume(
             found,
-            state.calls_of(found.id),
-            definition.on_in_doubt,
+            standings(self._state, found, self._definition),
+            self._definition.on_in_doubt,
             self._limits,
-            is_interrupted=is_interrupted,
+            is_interrupted=self._assignment.is_interrupted,
         )
         if not self._pending:
-            return End("cancelled", error="Nobody waits for it any more.")
-        if isinstance(command, machine.Park) and self.signal.is_aborted:
-            return End("cancelled", error=self.signal.reason)
+            return self._cut_short(machine.Cancelled("Nobody waits for it any more."))
+        if isinstance(command, machine.Wait):
+            limit = self._definition.run_timeout_ms
+            if self.signal.is_aborted:
+                return self._end_when_stopped()
+            if limit is not None and time_ms(found.created_at) + limit <= now_ms():
+                return self._cut_short(machine.TimedOut(limit))
         return command
 
     def _next_attempt(self, found: GenerationRow) -> GenerationRow:
@@ -339,31 +321,45 @@ class GenerationRun:
         if not heard.is_finished:
             self._taken_over = heard.text if self._definition.on_crash == "continue" else ""
             return
-        newest = len(generation.rounds) - 1
-        calls = self._state.calls_of(generation.id)
-        written = [call.model_call_id for call in calls if call.round == newest]
-        if not heard.tool_calls or [request.id for request in heard.tool_calls] != written:
-            self._unwritten = RoundFinished(heard.text, tuple(heard.tool_calls), heard.usage)
+        newest, calls = len(generation.rounds) - 1, heard.tool_calls
+        if not calls or not self._state.is_written(generation.id, newest, calls):
+            self._unwritten = RoundFinished(heard.text, tuple(calls), heard.usage)
 
-    async def _follow(self, command: machine.Command) -> End:
+    async def _follow(self, command: machine.Command) -> End | machine.Wait | None:
+        """Run up to an end or a wait; None if rows have changed that it goes on from."""
         while not self.signal.is_aborted:
             match command:
                 case machine.AskModel(pause_ms):
                     if pause_ms:
                         await asyncio.sleep(pause_ms / 1000)
-                    event = await self._ask()
+                    events: Sequence[machine.Event] = [await self._ask()]
                 case machine.RunCalls(requests, keys):
-                    event = await self._run_calls(await self._write_calls(requests, keys))
-                case machine.RunAgain(keys, rejected):
-                    event = await self._run_again(keys, rejected)
-                case machine.AnswerInDoubt(keys):
-                    event = await self._answer_calls(keys, _in_doubt())
-                case End():
+                    generation = self._with_round()
+                    number = self._cycle.round
+                    events = await self._calls.begin(requests, keys, number, generation)
+                case machine.GoOn():
+                    events = await self._calls.go_on(command)
+                    if not events:
+                        return None
+                case End() | machine.Wait():
                     return command
-                case machine.Park() | None:
+                case None:
                     raise AssertionError(self._cycle)
-            self._cycle, command = machine.advance(self._cycle, event, self._limits)
-        return End("cancelled", error=self.signal.reason)
+            for event in events:
+                # All but the last answer of a round change nothing else.
+                self._cycle, command = machine.advance(self._cycle, event, self._limits)
+        return self._end_when_stopped()
+
+    def _with_round(self) -> GenerationRow:
+        """Return the generation with the round that has just finished."""
+        return msgspec.structs.replace(
+            self._commits.generation,
+            rounds=list(self._cycle.rounds),
+            attempt=self._cycle.attempt,
+            interruptions=self._cycle.interruptions,
+            usage=to_usage_row(self._cycle.usage),
+            updated_at=now_text(),
+        )
 
     # The model.
 
@@ -372,7 +368,7 @@ class GenerationRun:
             event, self._unwritten = self._unwritten, None
             if self._fits(event):
                 return event
-        buffer = self._buffer
+        buffer = self._commits.buffer
         if buffer.attempt != self._cycle.attempt:
             # What is still held belongs to the attempt that failed.
             self._shard.flusher.flush(buffer)
@@ -393,7 +389,7 @@ class GenerationRun:
         except RunCancelledError as error:
             return machine.Cancelled(error.reason)
         except TimeoutError as error:
-            return RoundFailed(_words(error), "timeout", is_retryable=True)
+            return RoundFailed(in_words(error), "timeout", is_retryable=True)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -402,38 +398,43 @@ class GenerationRun:
             words = "What the model round waited for was cancelled."
             return RoundFailed(words, "agent_error", is_retryable=False)
         except Exception as error:
-            if _is_of_store(error):
+            if is_of_store(error):
                 raise
             # A mistake in the user's functions or in the adapter: asking again would only repeat
             # it, and whoever waits for the reply should hear of it.
             logger.exception("a model round failed", extra={"session": self._session})
-            return RoundFailed(_words(error), _code_of(error), is_retryable=False)
+            return RoundFailed(in_words(error), code_of(error), is_retryable=False)
 
     def _begin_attempt(self) -> None:
-        self._buffer.begin_attempt()
+        self._commits.buffer.begin_attempt()
         if self._taken_over:
-            put_taken_over(self._buffer, self._taken_over)
+            put_taken_over(self._commits.buffer, self._taken_over)
 
     async def _stream_round(self) -> machine.Event:
         definition = self._definition
         assert definition.adapter is not None
-        messages = await self._messages()
+        messages = [*await self._messages(), *self._repairs]
         if self._taken_over:
             messages.append(ModelMessage("assistant", self._taken_over))
         events = stream_round(
             definition.adapter,
             messages,
-            tools=definition.tools,
+            tools=definition.offered,
             system_prompts=(definition.instructions,) if definition.instructions else (),
             output_schema=definition.output_schema,
         )
         heard = await self._recorder.record(events)
         if not heard.is_finished:
             raise ModelError("The model's stream broke off.", retryable=True, code="truncated")
-        text = self._taken_over + heard.text
+        text, self._taken_over = self._taken_over + heard.text, ""
         if definition.output_schema is not None and not heard.tool_calls:
-            parse_output(text, definition.output_schema)
-        self._taken_over = ""
+            try:
+                parse_output(text, definition.output_schema)
+            except ModelError as error:
+                said = msgspec.structs.replace(heard.to_message(), content=text)
+                self._repairs += [said, ModelMessage("user", str(error))]
+                return OutputRefused(str(error), heard.usage)
+        self._repairs.clear()
         return RoundFinished(text, tuple(heard.tool_calls), heard.usage)
 
     def _fits(self, event: RoundFinished) -> bool:
@@ -448,7 +449,7 @@ class GenerationRun:
 
     async def _messages(self) -> list[ModelMessage]:
         definition = self._definition
-        generation_id = self._generation.id
+        generation_id = self._commits.generation.id
         if definition.build_messages is None:
             return self._state.conversation(self._pending, generation_id, definition.history)
         context = self._context([])
@@ -466,18 +467,26 @@ class GenerationRun:
         ]
 
     def _context(self, messages: list[ModelMessage]) -> GenerateContext[Any]:
-        from aidb_ray.database import Session
-
         return GenerateContext(
-            Session(self._shard.database, self._session),
+            make_session(self._shard, self._session),
             self._rows_to_answer(),
             messages,
             self._definition.tools,
             self._definition.adapter,
             self.signal,
-            self._generation.id,
+            self._commits.generation.id,
             self._cycle.attempt,
+            self._record_of_attempt(),
         )
+
+    def _record_of_attempt(self) -> Record:
+        attempt = self._cycle.attempt
+        if self._record is None or self._record[0] != attempt:
+            commits, is_first = self._commits, attempt == 1
+            owner = commits.generation.id
+            made = make_record(self._shard, self._session, commits, owner, is_first=is_first)
+            self._record = (attempt, made)
+        return self._record[1]
 
     async def _generate(self) -> machine.Event:
         definition = self._definition
@@ -498,409 +507,6 @@ class GenerationRun:
         text.encode()
         return RoundFinished(text, (), usage)
 
-    # Tool calls.
-
-    async def _write_calls(self, requests: Sequence[Any], keys: Sequence[str]) -> list[ToolCallRow]:
-        now = now_text()
-        number = self._cycle.round
-        calls = [
-            ToolCallRow(
-                key,
-                self._generation.id,
-                request.name,
-                _parse_args(request.args_json),
-                ToolCallStatus.EXECUTING.value,
-                self._definition.name,
-                number,
-                request.id,
-                1,
-                created_at=now,
-                updated_at=now,
-            )
-            for request, key in zip(requests, keys, strict=True)
-        ]
-        generation = msgspec.structs.replace(
-            self._generation,
-            rounds=list(self._cycle.rounds),
-            interruptions=self._cycle.interruptions,
-            usage=_to_usage(self._cycle.usage),
-            updated_at=now,
-        )
-        mutations: list[Mutation] = [self._insert("tool_calls", call.id, call) for call in calls]
-        mutations.append(self._update("generations", generation))
-
-        def know(_revision: int) -> None:
-            self._keep(generation)
-            self._know_calls(calls)
-
-        self._shard.flusher.check(self._buffer)
-        append, columns = self._take() or (None, EMPTY)
-        await self._write(mutations if append is None else [append, *mutations], columns, know)
-        return calls
-
-    def _know_calls(self, calls: Sequence[ToolCallRow]) -> None:
-        for call in calls:
-            self._state.put_call(call)
-
-    async def _write_again(self, keys: Sequence[str]) -> list[ToolCallRow]:
-        known = self._state.calls[self._generation.id]
-        calls = [
-            msgspec.structs.replace(
-                known[key],
-                status=ToolCallStatus.EXECUTING.value,
-                attempt=known[key].attempt + 1,
-                # Decided once: if the process dies again, someone must decide again.
-                approval=None,
-                updated_at=now_text(),
-            )
-            for key in keys
-        ]
-        # Durable before the tool runs, or the attempts could not be counted.
-        updates = [self._update("tool_calls", call) for call in calls]
-        await self._write(updates, EMPTY, lambda _: self._know_calls(calls))
-        return calls
-
-    async def _run_again(self, keys: Sequence[str], rejected: Sequence[str]) -> machine.Event:
-        event: machine.Event | None = None
-        if rejected:
-            event = await self._answer_calls(rejected, _rejected())
-        if not keys:
-            assert event is not None
-            return event
-        calls = await self._write_again(keys)
-        if event is not None:
-            self._note_call(event, keys[0])
-        return await self._run_calls(calls)
-
-    async def _answer_calls(self, keys: Sequence[str], error: ToolError) -> machine.Event:
-        """Answer calls with an error instead of running them."""
-        known = self._state.calls[self._generation.id]
-        event: machine.Event | None = None
-        for key in keys:
-            await self._finish_call(known[key], None, error)
-            event = self._note_call(event, key)
-        assert event is not None
-        return event
-
-    async def _run_calls(self, calls: Sequence[ToolCallRow]) -> machine.Event:
-        if len(calls) == 1:
-            await self._run_call(calls[0])
-            return machine.CallFinished(calls[0].id)
-        slots = asyncio.Semaphore(MAX_RUNNING_TOOLS)
-
-        async def run(call: ToolCallRow) -> None:
-            async with slots:
-                await self._run_call(call)
-
-        try:
-            async with asyncio.TaskGroup() as running:
-                for call in calls:
-                    running.create_task(run(call))
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
-        event: machine.Event | None = None
-        for call in calls:
-            event = self._note_call(event, call.id)
-        assert event is not None
-        return event
-
-    def _note_call(self, event: machine.Event | None, key: str) -> machine.Event:
-        """Advance past all but the newest answer, which the caller's loop takes."""
-        if event is not None:
-            self._cycle, command = machine.advance(self._cycle, event, self._limits)
-            assert command is None, command
-        return machine.CallFinished(key)
-
-    async def _run_call(self, call: ToolCallRow) -> None:
-        self._shard.running += 1
-        try:
-            tool = self._shard.tools.get(call.name)
-            if tool is None:
-                raise unknown_tool(call.name, self._shard.tools)
-            context = ToolContext(
-                signal=self.signal,
-                idempotency_key=call.id,
-                attempt=call.attempt,
-                session=self._context_session(),
-                generation_id=call.generation_id,
-                agent=self._definition.name,
-            )
-            result = await tool.call(args_text(call.args), context)
-        except ToolError as error:
-            await self._finish_call(call, None, error)
-        else:
-            await self._finish_call(call, result, None)
-        finally:
-            self._shard.running -= 1
-
-    def _context_session(self) -> Session:
-        from aidb_ray.database import Session
-
-        return Session(self._shard.database, self._session)
-
-    async def _finish_call(self, call: ToolCallRow, result: Any, error: ToolError | None) -> None:
-        status = ToolCallStatus.COMPLETED if error is None else ToolCallStatus.FAILED
-        finished = msgspec.structs.replace(
-            call,
-            status=status.value,
-            result=result,
-            error=None if error is None else _storable(str(error)),
-            error_code=None if error is None else error.code,
-            updated_at=now_text(),
-        )
-        update = self._update("tool_calls", finished)
-        await self._write([update], EMPTY, lambda _: self._state.put_call(finished))
-
-    # The end.
-
-    async def _end(self, end: End, intents: Sequence[Intent]) -> None:
-        self._shard.flusher.close(self._buffer)
-        try:
-            await self._commit_end(end, intents)
-        except (RowError, ConflictError) as error:
-            if end.ending != "completed" or _is_of_store(error):
-                raise
-            words = f"The answer cannot be stored: {error}"
-            await self._commit_end(End("failed", error=words, code=error.code), [])
-
-    async def _commit_end(self, end: End, intents: Sequence[Intent]) -> None:
-        """Write the end of stream and generation, the reply, and what `on_response` wrote."""
-        taken = self._take(_CLOSES[end.ending])
-        assert taken is not None
-        append, columns = taken
-        for attempt in range(MAX_REMAKES + 1):
-            generation, rows = self._ending_rows(end)
-            messages = [row for row in rows if row.collection == "messages"]
-
-            def know(
-                revision: int,
-                generation: GenerationRow = generation,
-                messages: Sequence[Insert | Update] = messages,
-            ) -> None:
-                self._keep(generation)
-                for row in messages:
-                    self._state.put_message(row.key, revision, row.value)
-
-            try:
-                made = await make_mutations(self._shard.client, self._session, intents)
-                await self._write([append, *rows, *made], columns, know)
-            except (ConflictError, KeyMissingError) as error:
-                # A message changed or went meanwhile, or a row that `on_response` patches.
-                if attempt == MAX_REMAKES or error.code not in ("conflict", "not_found"):
-                    raise
-                await self._read_messages_again()
-            else:
-                return
-
-    def _ending_rows(self, end: End) -> tuple[GenerationRow, list[Insert | Update]]:
-        now = now_text()
-        generation = msgspec.structs.replace(
-            self._generation,
-            status=end.ending,
-            usage=_to_usage(self._cycle.usage),
-            error=_storable(end.error) or None if end.ending != "completed" else None,
-            error_code=end.code or None,
-            updated_at=now,
-        )
-        rows: list[Insert | Update] = []
-        if end.ending != "completed":
-            rows += [self._update("tool_calls", call) for call in self._cancelled_calls(now)]
-        elif self._definition.pending_work is None:
-            reply = self._reply_row(end, now)
-            rows.append(self._insert("messages", reply.id, reply))
-        rows.append(self._update("generations", generation))
-        return generation, rows + self._answered()
-
-    def _cancelled_calls(self, now: str) -> list[ToolCallRow]:
-        return [
-            msgspec.structs.replace(call, status=ToolCallStatus.CANCELLED.value, updated_at=now)
-            for call in self._state.calls_of(self._generation.id)
-            if not call.is_terminal
-        ]
-
-    async def _respond(self) -> list[Intent]:
-        """Call `on_response`; what it writes in this session is part of the round's end.
-
-        Raises:
-            _ResponseFailed: it raised; nothing of it is written.
-        """
-        on_response = self._definition.on_response
-        if on_response is None:
-            return []
-        group = Group(self._session, takes_all=False, shown=await self._shown_rows())
-        token = current_group.set(group)
-        try:
-            result = on_response(self._reply, self._rows_to_answer())
-            # A lambda may return the write it made, which is durable only with the round's end.
-            if inspect.iscoroutine(result):
-                await result
-        except Exception as error:
-            if _is_of_store(error):
-                raise
-            logger.exception("on_response failed", extra={"session": self._session})
-            raise _ResponseFailed(_words(error), _code_of(error)) from error
-        finally:
-            current_group.reset(token)
-        return group.intents
-
-    async def _shown_rows(self) -> dict[tuple[str, str], bytes | None]:
-        """Return the rows to answer as they are known here, for drafts and reads of them.
-
-        The store is asked only for rows that have left the query meanwhile.
-        """
-        shard, session = self._shard, self._session
-        view = shard.view
-        assert view is not None
-        collection = view.filter.collection
-        shown: dict[tuple[str, str], bytes | None] = {}
-        for key in self._pending:
-            synced, told = view.synced.get((session, key)), view.told
-            if synced is None:
-                found = await shard.client.find(session, collection, key)
-                synced = None if found is None else StoredRow(found.revision, found.value)
-                told = 0
-            row, _ = shard.writes.look((session, collection, key), synced, told)
-            shown[collection, key] = None if row is None else row.value
-        return shown
-
-    def _answered(self) -> list[Insert | Update]:
-        """Return the updates that stamp the answered messages."""
-        if self._definition.pending_work is not None:
-            return []
-        updates: list[Insert | Update] = []
-        for key in self._pending:
-            known = self._state.messages.get(key)
-            if known is None:
-                continue
-            fields = msgspec.json.decode(known.value)
-            fields["processed"] = True
-            fields["generationId"] = self._generation.id
-            value = msgspec.json.encode(fields)
-            updates.append(Update(self._session, "messages", key, value, known.revision))
-        return updates
-
-    async def _read_messages_again(self) -> None:
-        read = await self._shard.client.read_session(self._session, ("messages",))
-        rows = {row.key: row for row in read.rows["messages"]}
-        for key in [key for key in self._pending if key not in rows]:
-            self._state.put_message(key, read.revision, None)
-        for row in rows.values():
-            self._state.put_message(row.key, row.revision, row.value)
-
-    def _reply_row(self, end: End, now: str) -> MessageRow:
-        messages = self._state.messages
-        asked = [messages[key].message for key in self._pending if key in messages]
-        last = max(asked, key=lambda message: message.created_at, default=None)
-        if last is not None and last.created_at >= now:
-            # After what it answers, whatever the clocks of those who wrote say.
-            asked_at = datetime.fromisoformat(last.created_at)
-            now = time_text(asked_at + timedelta(microseconds=1))
-        return MessageRow(
-            f"{self._generation.id}:reply",
-            "assistant",
-            self._definition.name,
-            last.actor_id if last is not None else "",
-            end.text,
-            now,
-            processed=True,
-            generation_id=self._generation.id,
-            in_reply_to=last.id if last is not None else None,
-        )
-
-    # Writing.
-
-    async def _write(
-        self, mutations: Sequence[Mutation], columns: ChunkColumns, know: Callable[[int], None]
-    ) -> None:
-        """Make a commit; once it is durable, `know` takes it into what this process knows.
-
-        Whoever is cancelled waits for the outcome: the store knows of it, so must the state.
-        """
-        sent = self._send(mutations, columns)
-        try:
-            revision = await asyncio.shield(sent)
-        except asyncio.CancelledError:
-            await asyncio.wait([sent])
-            if sent.exception() is None:
-                self._unsent = None
-                know(sent.result())
-            raise
-        self._unsent = None
-        know(revision)
-
-    def _send(
-        self, mutations: Sequence[Mutation], columns: ChunkColumns = EMPTY
-    ) -> asyncio.Future[int]:
-        shard = self._shard
-        self._sent = shard.client.commit(mutations, chunks=columns, runner=shard.runner)
-        return self._sent
-
-    async def _settled(self) -> None:
-        """Wait until all that was sent has its outcome."""
-        sent = [self._sent, self._shard.flusher.sent(self._buffer)]
-        waiting = [each for each in sent if each is not None and not each.done()]
-        if waiting:
-            await asyncio.wait(waiting)
-
-    def _take(self, ending: Ending | None = None) -> tuple[Append, ChunkColumns] | None:
-        """Return the chunks for the next commit; those of one that was refused come again."""
-        if self._unsent is None:
-            self._unsent = self._buffer.take(ending)
-        elif ending is not None:
-            append, columns = self._unsent
-            self._unsent = msgspec.structs.replace(append, closes=ending), columns
-        return self._unsent
-
-    def _insert(self, collection: str, key: str, row: Any) -> Insert:
-        return Insert(self._session, collection, key, encode_row(row))
-
-    def _update(self, collection: str, row: GenerationRow | ToolCallRow) -> Update:
-        # Only this runner writes these rows while it holds the session, so any revision will do.
-        return Update(self._session, collection, row.id, encode_row(row), 0)
-
-    def _keep(self, generation: GenerationRow) -> None:
-        self._generation = generation
-        self._state.put_generation(generation)
-
-
-def _in_doubt() -> ToolError:
-    return ToolError(
-        "The process died while the tool ran; it may have had its effect or not.", code="in_doubt"
-    )
-
-
-def _rejected() -> ToolError:
-    return ToolError("It was decided that the call is not run again.", code="rejected")
-
-
-class _ResponseFailed(Exception):  # noqa: N818  Says how the generation ends.
-    """`on_response` raised."""
-
-    def __init__(self, words: str, code: str) -> None:
-        super().__init__(words)
-        self.code = code
-
-
-def _code_of(error: Exception) -> str:
-    """Return the code for what the user's functions or the adapter raised."""
-    return error.code if isinstance(error, AidbError) else "agent_error"
-
-
-def _is_of_store(error: Exception) -> bool:
-    """Whether it tells of the store and not of a mistake in the user's functions."""
-    if isinstance(error, ConflictError):
-        return error.collection == CHUNKS
-    return isinstance(error, UnavailableError | FencedError | StorageError)
-
-
-def _storable(text: str) -> str:
-    """Return a text without halves of surrogate pairs, as file names in errors may have."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
 
 def _retrieve(started: asyncio.Future[int]) -> None:
     # A refusal shows again in the commit that follows; here it must only not be "never retrieved".
@@ -908,19 +514,6 @@ def _retrieve(started: asyncio.Future[int]) -> None:
         error = started.exception()
         if error is not None and not isinstance(error, FencedError):
             logger.warning("a generation could not be started: %s", error)
-
-
-def _parse_args(text: str) -> Any:
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        # Not JSON: kept as it is; running the call answers the model with what is wrong.
-        return text
-
-
-def _to_usage(usage: ModelUsage) -> UsageRow | None:
-    read, written = usage.input_tokens, usage.output_tokens
-    return UsageRow(read, written, read + written) if read or written else None
 
 
 def _as_text(result: object) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from aidb_ray.agents.definition import History
+from aidb_ray.agents.delegation import Delegate, answer_to
 from aidb_ray.agents.rows import (
     GenerationRow,
     MessageRow,
@@ -33,8 +34,9 @@ class KnownMessage(msgspec.Struct, gc=False):
     """A message with the revision that wrote it and its stored bytes.
 
     Attributes:
-        is_own: Whether the agent wrote it.
-        is_heard: Whether it is part of the agent's conversation at all.
+        is_own: Whether the agent wrote it, to say something.
+        is_heard: Whether it is part of the agent's conversation at all. What agents ask one
+            another is, for who was asked; for who asks it is a call, told with its round.
         said: What a model reads of it, once that was worked out.
     """
 
@@ -58,8 +60,9 @@ class SessionState:
         size: Bytes of stored rows, about.
     """
 
-    def __init__(self, agent: str) -> None:
+    def __init__(self, agent: str, delegates: Mapping[str, Delegate] | None = None) -> None:
         self._agent = agent
+        self._delegates = delegates or {}
         # Changes that come while the rows are on their way; None once they have arrived.
         self._held: list[tuple[str, int, bytes | None]] | None = []
         self.revision = 0
@@ -72,6 +75,11 @@ class SessionState:
         # When each generation was answered: its messages come right before its reply.
         self._replied_at: dict[str, str] = {}
         self.calls: dict[str, dict[str, ToolCallRow]] = {}
+        # What the agent asked others, by generation and key; and what they replied, by key.
+        self._requests: dict[str, dict[str, KnownMessage]] = {}
+        self._replies: dict[str, KnownMessage] = {}
+        # The revision that wrote each call, where it is known.
+        self._call_revisions: dict[str, int] = {}
 
     def load(self, revision: int, rows: Mapping[str, Iterable[FoundRow]]) -> None:
         """Take in all rows as of `revision`."""
@@ -89,7 +97,7 @@ class SessionState:
         for row in rows["tool_calls"]:
             call = decode_call(row.value)
             if call.generation_id in self.generations:
-                self.put_call(call)
+                self.put_call(call, row.revision)
 
     def put_message(self, key: str, revision: int, value: bytes | None) -> None:
         """Take in one message as it is since `revision`; None is gone."""
@@ -103,8 +111,7 @@ class SessionState:
         if known is not None:
             if known.revision >= revision:
                 return
-            self.size -= len(known.value) + _ROW_OVERHEAD
-            del self.messages[key]
+            self._drop_message(key, known)
         if value is None:
             return
         try:
@@ -113,12 +120,33 @@ class SessionState:
             # Not what agents call a message; one such row must not keep a session from working.
             logger.warning("message %r cannot be read and is left out", key)
             return
-        is_own = message.actor_id == self._agent
-        is_heard = is_own or message.target_agent in ("", self._agent)
-        self.messages[key] = KnownMessage(revision, value, message, is_own, is_heard)
-        if is_own and message.generation_id is not None:
+        by_agent = message.actor_id == self._agent
+        is_request = by_agent and message.request_id == key
+        is_answer = (
+            message.target_agent == self._agent
+            and message.request_id is not None
+            and message.in_reply_to == message.request_id
+        )
+        is_own = by_agent and not is_request and message.error_code is None
+        is_heard = is_own or (
+            not by_agent and not is_answer and message.target_agent in ("", self._agent)
+        )
+        known = self.messages[key] = KnownMessage(revision, value, message, is_own, is_heard)
+        if is_request:
+            self._requests.setdefault(_generation_of(key), {})[key] = known
+        elif is_answer:
+            self._replies[str(message.request_id)] = known
+        elif is_own and message.generation_id is not None:
             self._replied_at[message.generation_id] = message.created_at
         self.size += len(value) + _ROW_OVERHEAD
+
+    def _drop_message(self, key: str, known: KnownMessage) -> None:
+        self.size -= len(known.value) + _ROW_OVERHEAD
+        del self.messages[key]
+        self._requests.get(_generation_of(key), {}).pop(key, None)
+        request_id = known.message.request_id
+        if request_id is not None and self._replies.get(request_id) is known:
+            del self._replies[request_id]
 
     def put_generation(self, generation: GenerationRow) -> None:
         """Take in a generation as it is now."""
@@ -129,12 +157,22 @@ class SessionState:
         else:
             self._open[generation.id] = generation
 
-    def put_call(self, call: ToolCallRow) -> None:
-        """Take in a tool call as it is now."""
+    def put_call(self, call: ToolCallRow, revision: int) -> None:
+        """Take in a tool call as it is since `revision`."""
         calls = self.calls.setdefault(call.generation_id, {})
         known = calls.get(call.id)
         self.size += _size_of(call) - (0 if known is None else _size_of(known))
         calls[call.id] = call
+        self._call_revisions[call.id] = revision
+
+    def drop_call(self, call: ToolCallRow) -> None:
+        """Forget a call that was deleted."""
+        if self.calls[call.generation_id].pop(call.id, None) is not None:
+            self.size -= _size_of(call)
+
+    def call_revision(self, key: str) -> int:
+        """Return the revision that wrote a call."""
+        return self._call_revisions[key]
 
     def calls_of(self, generation_id: str) -> list[ToolCallRow]:
         """Return the calls of a generation in the order they were asked for."""
@@ -142,6 +180,59 @@ class SessionState:
             self.calls.get(generation_id, {}).values(),
             key=lambda call: (call.round, _number(call.id)),
         )
+
+    def requests_of(self, generation_id: str) -> list[tuple[MessageRow, KnownMessage | None]]:
+        """Return what a generation asked other agents, in order, and their replies."""
+        requests = self._requests.get(generation_id, {})
+        return [
+            (requests[key].message, self._replies.get(key))
+            for key in sorted(requests, key=_place_of)
+        ]
+
+    def waits(self) -> dict[str, set[str]]:
+        """Return which agents have asked which others in this session, and not been answered."""
+        waits: dict[str, set[str]] = {}
+        for key, known in self.messages.items():
+            message = known.message
+            if message.path and not message.processed and message.request_id == key:
+                waits.setdefault(message.actor_id, set()).add(message.target_agent)
+        return waits
+
+    def path_of(self, pending: Sequence[str]) -> list[str]:
+        """Return who waits for the answer to these messages, the first that delegated first."""
+        for key in pending:
+            known = self.messages.get(key)
+            if known is not None and known.message.path:
+                return known.message.path
+        return []
+
+    def is_written(
+        self, generation_id: str, number: int, requests: Sequence[ToolCallRequest]
+    ) -> bool:
+        """Whether the calls of a round are those of the requests."""
+        written: list[tuple[int, str, str]] = [
+            (_number(call.id), call.model_call_id, call.name)
+            for call in self.calls_of(generation_id)
+            if call.round == number
+        ]
+        for message, _ in self.requests_of(generation_id):
+            if _place_of(message.id)[0] == number:
+                # What the provider called it is not kept; what was asked is.
+                name, place = message.target_agent, _place_of(message.id)[1]
+                is_same = place < len(requests) and self._asks(requests[place], message)
+                written.append((place, requests[place].id if is_same else "", name))
+        written.sort()
+        return [(request.id, request.name) for request in requests] == [
+            (call_id, name) for _, call_id, name in written
+        ]
+
+    def _asks(self, request: ToolCallRequest, message: MessageRow) -> bool:
+        delegate = self._delegates.get(request.name)
+        try:
+            content = None if delegate is None else delegate.content_of(request.args_json)
+        except ToolError:
+            return False
+        return request.name == message.target_agent and content == message.content
 
     def open_generation(self, answering: Collection[str] | None = None) -> GenerationRow | None:
         """Return the generation that has not ended, if there is one.
@@ -152,6 +243,10 @@ class SessionState:
             if answering is None or not set(answering).isdisjoint(generation.message_ids):
                 return generation
         return None
+
+    def read_as_of(self, generation_id: str) -> int | None:
+        """Return the revision that wrote a generation, None if it was written since it was read."""
+        return self._read_as_of.get(generation_id)
 
     def was_written_since(self, generation_id: str, epoch: int) -> bool:
         """Whether the runner of that epoch has written the generation."""
@@ -192,18 +287,27 @@ class SessionState:
         generation = self.generations.get(generation_id)
         if generation is None or not generation.rounds:
             return []
-        said: list[ModelMessage] = []
-        calls = self.calls_of(generation_id)
-        for number, text in enumerate(generation.rounds):
-            of_round = [call for call in calls if call.round == number]
-            requests = tuple(
-                ToolCallRequest(call.model_call_id or call.id, call.name, args_text(call.args))
-                for call in of_round
+        told: dict[int, list[tuple[int, ToolCallRequest, str]]] = {}
+        for call in self.calls_of(generation_id):
+            request = ToolCallRequest(
+                call.model_call_id or call.id, call.name, args_text(call.args)
             )
+            told.setdefault(call.round, []).append((_number(call.id), request, answer_text(call)))
+        for message, reply in self.requests_of(generation_id):
+            delegate = self._delegates.get(message.target_agent)
+            args = message.content if delegate is None else delegate.args_of(message.content)
+            answer = answer_to(message, None if reply is None else reply.message, delegate)
+            number, place = _place_of(message.id)
+            request = ToolCallRequest(message.id, message.target_agent, args)
+            told.setdefault(number, []).append((place, request, answer or ""))
+        said: list[ModelMessage] = []
+        for number, text in enumerate(generation.rounds):
+            of_round = sorted(told.get(number, ()), key=itemgetter(0))
+            requests = tuple(request for _, request, _ in of_round)
             said.append(ModelMessage("assistant", text, tool_calls=requests))
             said += [
-                ModelMessage("tool", answer_text(call), tool_call_id=call.model_call_id or call.id)
-                for call in of_round
+                ModelMessage("tool", answer, tool_call_id=request.id)
+                for _, request, answer in of_round
             ]
         return said
 
@@ -232,6 +336,23 @@ def _role(role: str) -> Any:
 def _number(call_id: str) -> int:
     last = call_id.rpartition(":")[2]
     return int(last) if last.isdigit() else 0
+
+
+def _place_of(key: str) -> tuple[int, int]:
+    """Return round and number of a call by its key."""
+    rest, _, number = key.rpartition(":")
+    round_ = rest.rpartition(":")[2]
+    is_key = round_.isdigit() and number.isdigit()
+    return (int(round_), int(number)) if is_key else (-1, -1)
+
+
+def round_of(key: str) -> int:
+    """Return the round of a call by its key."""
+    return _place_of(key)[0]
+
+
+def _generation_of(key: str) -> str:
+    return key.rsplit(":", 2)[0]
 
 
 def args_text(args: Any) -> str:

@@ -145,6 +145,9 @@ class Tool:
         output_schema: JSON schema of the result, None if none was declared.
         needs_approval: Whether a person must agree before it runs.
         max_result_bytes: How large a result may be as JSON.
+        runs_elsewhere: Whether an agent only writes the call's row and waits until an executor
+            has ended it.
+        timeout_ms: How long an agent waits for that, None without bound.
     """
 
     def __init__(
@@ -157,6 +160,8 @@ class Tool:
         output_type: Any = None,
         needs_approval: bool = False,
         max_result_bytes: int = MAX_RESULT_BYTES,
+        runs_elsewhere: bool = False,
+        timeout_ms: int | None = None,
     ) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
@@ -167,6 +172,8 @@ class Tool:
         self.description = description
         self.needs_approval = needs_approval
         self.max_result_bytes = max_result_bytes
+        self.runs_elsewhere = runs_elsewhere
+        self.timeout_ms = timeout_ms
         self._function = function
         self._signature = signature
         self._output_type = output_type
@@ -213,6 +220,7 @@ class Tool:
         replaced = _rebuild(self.__getstate__())
         replaced._function = function
         replaced._signature = self._signature.bind(function, ToolContext)
+        replaced.runs_elsewhere = False
         return replaced
 
     def fingerprint(self) -> str:
@@ -450,8 +458,11 @@ def declare_tool(
     output_schema: Any = None,
     needs_approval: bool = False,
     max_result_bytes: int = MAX_RESULT_BYTES,
+    timeout_ms: int | None = None,
 ) -> Tool:
     """Return a tool without an implementation, for a model here and an executor elsewhere.
+
+    An agent that has it writes a row for each call and waits, up to `timeout_ms`, until it ends.
 
     Raises:
         ConfigError: the name or a type cannot be offered to a model.
@@ -464,6 +475,8 @@ def declare_tool(
         output_type=output_schema,
         needs_approval=needs_approval,
         max_result_bytes=max_result_bytes,
+        runs_elsewhere=True,
+        timeout_ms=timeout_ms,
     )
 
 

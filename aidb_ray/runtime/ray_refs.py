@@ -310,6 +310,9 @@ class ActorOptions:
         max_concurrency: Calls that run at once; more wait in its process.
         max_pending_calls: Calls of one process that may wait for answers; more are refused.
         num_cpus: CPUs reserved for it. 0 lets any number share a node.
+        num_gpus: GPUs reserved for it.
+        resources: Custom resources reserved for it.
+        runtime_env: What Ray prepares before its process starts; see Ray's manual.
         node_id: The only node that it may run on, also after a restart.
         env: Environment variables of its process. With any, the process is started anew, as the
             ones that Ray keeps ready do not have them.
@@ -323,6 +326,9 @@ class ActorOptions:
     max_concurrency: int = MAX_CONCURRENCY
     max_pending_calls: int = MAX_PENDING_CALLS
     num_cpus: float = 0
+    num_gpus: float = 0
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    runtime_env: Mapping[str, Any] = field(default_factory=dict[str, Any])
     node_id: str | None = None
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     timeout_ms: int = CALL_TIMEOUT_MS
@@ -404,8 +410,13 @@ def _create(
         settings["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
             options.node_id, soft=False
         )
-    if options.env:
-        settings["runtime_env"] = {"env_vars": dict(options.env)}
+    if options.num_gpus:
+        settings["num_gpus"] = options.num_gpus
+    if options.resources:
+        settings["resources"] = dict(options.resources)
+    if options.env or options.runtime_env:
+        named = {**options.runtime_env.get("env_vars", {}), **options.env}
+        settings["runtime_env"] = {**options.runtime_env, "env_vars": named}
     try:
         return _actor_class(cls).options(**settings).remote(cls, args, kwargs)
     except ActorAlreadyExistsError:

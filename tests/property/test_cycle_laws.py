@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
-import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aidb_ray.agents.cycle import (
     AskModel,
+    Call,
+    CallDeferred,
     CallFinished,
     Cancelled,
     Command,
     Cycle,
     End,
     Event,
+    GoOn,
     Limits,
+    OutputRefused,
     RoundFailed,
     RoundFinished,
-    RunAgain,
     RunCalls,
+    Standing,
+    TimedOut,
+    Wait,
     advance,
     resume,
 )
 from aidb_ray.agents.definition import Retry, UsageLimits
-from aidb_ray.agents.rows import GenerationRow, ToolCallRow, UsageRow
+from aidb_ray.agents.rows import GenerationRow, UsageRow
 from aidb_ray.models.base import ToolCallRequest, Usage
 
 RETRY = Retry(max_attempts=3, first_pause_ms=10, longest_pause_ms=40, max_interruptions=5)
+
+CallState = Literal[
+    "running", "done", "elsewhere", "done elsewhere", "needed", "approved", "rejected"
+]
+STANDINGS: dict[CallState, Standing] = {
+    "running": "running",
+    "done": "answered",
+    "elsewhere": "awaited",
+    "done elsewhere": "answered_elsewhere",
+    "needed": "awaited",
+    "approved": "ready",
+    "rejected": "rejected",
+}
+BEGINNINGS: dict[str, CallState] = {"here": "running", "elsewhere": "elsewhere", "ask": "needed"}
 
 
 @dataclass
@@ -36,7 +57,7 @@ class Rows:
     """What was durable: as much of a generation's rows as the laws speak of."""
 
     rounds: list[str] = field(default_factory=list[str])
-    calls: dict[str, ToolCallRow] = field(default_factory=dict[str, ToolCallRow])
+    calls: dict[str, CallState] = field(default_factory=dict[str, CallState])
     attempt: int = 1
     interruptions: int = 0
     usage: Usage = field(default_factory=Usage)
@@ -52,6 +73,11 @@ class Rows:
             usage=usage,
         )
 
+    def found(self) -> list[Call]:
+        return [
+            Call(key, int(key.split(":")[1]), STANDINGS[state]) for key, state in self.calls.items()
+        ]
+
 
 @dataclass
 class World:
@@ -63,9 +89,10 @@ class World:
     rows: Rows = field(default_factory=Rows)
     ends: list[End] = field(default_factory=list[End])
     failures: int = 0
+    refusals: int = 0
     rounds_finished: int = 0
-    calls_run: dict[str, int] = field(default_factory=dict[str, int])
-    doubts: int = 0
+    begun: Counter[str] = field(default_factory=Counter[str])
+    doubts: Counter[str] = field(default_factory=Counter[str])
     crashes: int = 0
 
     def happen(self, event: Event) -> None:
@@ -76,33 +103,30 @@ class World:
             return
         self._store(event)
         self._check()
+        self._look_again()
 
     def _store(self, event: Event) -> None:
         match event:
             case RoundFailed():
                 self.failures += 1
-            case RoundFinished():
+            case OutputRefused():
+                self.refusals += 1
                 self.failures = 0
+            case RoundFinished():
+                self.failures = self.refusals = 0
                 self.rounds_finished += 1
             case CallFinished(key):
-                done = msgspec.structs.replace(self.rows.calls[key], status="completed")
-                self.rows.calls[key] = done
-            case Cancelled():
+                self.rows.calls[key] = "done"
+            case CallDeferred() | Cancelled() | TimedOut():
                 pass
         match self.command:
             case RunCalls(requests, keys):
                 assert len(requests) == len(keys) == len(set(keys))
                 assert not self.rows.calls.keys() & set(keys), "a key is used again"
-                number = len(self.rows.rounds)
-                self.rows.rounds = list(self.cycle.rounds)
-                self.rows.interruptions = self.cycle.interruptions
-                self.crashes = 0
-                self.rows.usage = self.cycle.usage
-                for key in keys:
-                    self.rows.calls[key] = ToolCallRow(
-                        key, "g", "tool", status="executing", round=number
-                    )
-                    self.calls_run[key] = 1
+                self._write_generation()
+                for request, key in zip(requests, keys, strict=True):
+                    self.rows.calls[key] = BEGINNINGS[request.name]
+                    self.begun[key] += request.name == "here"
             case AskModel(pause_ms):
                 assert 0 <= pause_ms <= RETRY.longest_pause_ms
             case End():
@@ -110,49 +134,103 @@ class World:
             case _:
                 pass
 
+    def _write_generation(self) -> None:
+        self.rows.rounds = list(self.cycle.rounds)
+        self.rows.usage = self.cycle.usage
+        self.rows.attempt = max(self.rows.attempt, self.cycle.attempt)
+        self.rows.interruptions = self.crashes = self.cycle.interruptions
+
+    def call(self) -> None:
+        """Something becomes of one call of a round that was just written."""
+        key = min(self.cycle.open_calls - self.cycle.awaited)
+        deferred = self.rows.calls[key] not in ("running", "done")
+        self.happen(CallDeferred(key) if deferred else CallFinished(key))
+
+    def decide(self, decision: str) -> None:
+        """Someone else answers a call, or decides about one."""
+        for key, state in self.rows.calls.items():
+            if state == "elsewhere" and decision == "answer":
+                self.rows.calls[key] = "done elsewhere"
+                break
+            if state == "needed" and decision != "answer":
+                self.rows.calls[key] = "approved" if decision == "approve" else "rejected"
+                break
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Go on with what waits once one of its rows has changed."""
+        if self.cycle.phase == "waiting" and any(
+            self.rows.calls[key] not in ("elsewhere", "needed") for key in self.cycle.awaited
+        ):
+            self._resume(is_interrupted=False)
+
     def crash(self) -> None:
         """Forget all but the rows."""
         if self.cycle.phase == "ended":
             return
-        before = self.cycle
+        was_at_work = self.cycle.phase == "asking" or "running" in self.rows.calls.values()
+        self.failures = self.refusals = 0
+        self.crashes += was_at_work
+        self._resume(is_interrupted=True)
+
+    def _resume(self, *, is_interrupted: bool) -> None:
+        before, attempt = self.cycle, self.rows.attempt
         self.cycle, self.command = resume(
-            self.rows.generation(), list(self.rows.calls.values()), "retry", self.limits
+            self.rows.generation(),
+            self.rows.found(),
+            "retry",
+            self.limits,
+            is_interrupted=is_interrupted,
         )
-        self.failures = 0
-        self.crashes += 1
         if isinstance(self.command, End):
+            assert is_interrupted
             assert self.crashes == RETRY.max_interruptions
             self.ends.append(self.command)
             return
-        assert self.cycle.attempt == self.rows.attempt + 1
+        assert self.cycle.rounds == before.rounds
+        if isinstance(self.command, Wait):
+            assert self.cycle.attempt == attempt
+            self._check()
+            return
+        # Going on is written, with what is begun.
         self.rows.attempt = self.cycle.attempt
         self.rows.interruptions = self.cycle.interruptions
-        if isinstance(self.command, RunAgain):
-            for key in self.command.keys:
-                self.calls_run[key] += 1
-                self.doubts += 1
-        assert self.cycle.rounds == before.rounds
-        assert self.cycle.open_calls == before.open_calls
-        assert self.cycle.phase == before.phase
+        for key, state in self.rows.calls.items():
+            if state == "done elsewhere":
+                self.rows.calls[key] = "done"
+        if isinstance(self.command, GoOn):
+            command = self.command
+            for key in command.keys:
+                self.doubts[key] += self.rows.calls[key] == "running"
+                self.rows.calls[key] = "running"
+                self.begun[key] += 1
+            self._check()
+            for key in command.answers:
+                self.happen(CallFinished(key))
         self._check()
 
     def _check(self) -> None:
         cycle = self.cycle
-        assert (cycle.phase == "calling") == bool(cycle.open_calls) or cycle.phase == "ended"
-        assert cycle.open_calls <= self.rows.calls.keys()
+        here = cycle.open_calls - cycle.awaited
+        assert cycle.awaited <= cycle.open_calls <= self.rows.calls.keys()
+        if cycle.phase != "ended":
+            assert (cycle.phase == "calling") == bool(here)
+            assert (cycle.phase == "waiting") == (bool(cycle.awaited) and not here)
         assert cycle.call_count == len(self.rows.calls)
         assert len(cycle.rounds) < self.limits.max_rounds
         assert self.failures < RETRY.max_attempts or cycle.phase == "ended"
+        assert self.refusals <= self.limits.max_repairs or cycle.phase == "ended"
         assert self.crashes == cycle.interruptions < RETRY.max_interruptions
         cap = self.limits.usage.max_tool_calls
         assert cap is None or len(self.rows.calls) <= cap
 
 
 USAGES = st.one_of(st.none(), st.builds(Usage, st.integers(0, 9), st.integers(0, 9)))
-REQUESTS = st.integers(0, 3).map(
-    lambda count: tuple(ToolCallRequest(f"call-{n}", "tool") for n in range(count))
+REQUESTS = st.lists(st.sampled_from(["here", "here", "elsewhere", "ask"]), max_size=3).map(
+    lambda names: tuple(ToolCallRequest(f"call-{n}", name) for n, name in enumerate(names))
 )
 ANSWERS = st.builds(RoundFinished, st.sampled_from(["", "word"]), REQUESTS, USAGES)
+REFUSALS = st.builds(OutputRefused, st.just("No JSON."), USAGES)
 FAILURES = st.builds(
     RoundFailed,
     st.just("No."),
@@ -166,16 +244,22 @@ LIMITS = st.builds(
     st.integers(1, 4),
     st.just(RETRY),
     st.builds(UsageLimits, st.none() | st.integers(0, 40), st.none() | st.integers(0, 6)),
+    st.integers(0, 2),
 )
 HAPPENINGS = st.lists(
-    st.one_of(ANSWERS, FAILURES, st.just("crash"), st.just("call"), st.just("cancel")),
+    st.one_of(
+        ANSWERS,
+        FAILURES,
+        REFUSALS,
+        st.sampled_from(["crash", "call", "call", "answer", "approve", "reject", "cancel", "time"]),
+    ),
     max_size=40,
 )
 
 
 @given(LIMITS, HAPPENINGS)
 def test_it_ends_once_and_repeats_only_what_was_in_doubt(
-    limits: Limits, happenings: list[RoundFinished | RoundFailed | str]
+    limits: Limits, happenings: list[RoundFinished | RoundFailed | OutputRefused | str]
 ) -> None:
     world = World(limits)
     for happening in happenings:
@@ -185,16 +269,22 @@ def test_it_ends_once_and_repeats_only_what_was_in_doubt(
                 world.crash()
             case "cancel":
                 world.happen(Cancelled("enough"))
+            case "time":
+                world.happen(TimedOut(50))
             case "call":
                 if phase == "calling":
-                    world.happen(CallFinished(min(world.cycle.open_calls)))
-            case RoundFinished() | RoundFailed() if phase != "calling":
+                    world.call()
+            case "answer" | "approve" | "reject":
+                world.decide(happening)
+            case RoundFinished() | RoundFailed() | OutputRefused() if phase in ("asking", "ended"):
                 world.happen(happening)
             case _:
                 pass
 
     assert len(world.ends) == (world.cycle.phase == "ended")
-    assert sum(world.calls_run.values()) == len(world.calls_run) + world.doubts
+    assert all(count == 1 + world.doubts[key] for key, count in world.begun.items() if count)
+    asked = {key for key, state in world.rows.calls.items() if state in ("needed", "rejected")}
+    assert not any(world.begun[key] for key in asked), "it ran before it was approved"
     assert world.rounds_finished <= len(world.rows.rounds) + 1
     for end in world.ends:
         assert end.ending == "completed" or not end.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ async def db() -> AsyncIterator[Database]:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aidb_ray.agents.shard.TURN_PAUSE_MS", 1)
+    monkeypatch.setattr("aidb_ray.agents.partition.TURN_PAUSE_MS", 1)
 
 
 async def say(db: Database, session: str, content: str) -> None:
@@ -212,3 +213,21 @@ async def test_trying_again_in_the_same_process_counts_nothing(db: Database) -> 
     found = await generation_of(db, KILLER)
     assert (found.status, found.interruptions) == ("running", 0)
     assert found.attempt == len(lives.asked)
+
+
+async def test_suspects_of_different_partitions_take_turns(tmp_path: Path) -> None:
+    """What ends the process ends the work of every partition."""
+    async with connect("local", data_dir=tmp_path, partitions=2) as db:
+        sessions = [f"aidb://echo/{number}" for number in range(8)]
+        one = sessions[0]
+        other = next(s for s in sessions if db.site_of(s) is not db.site_of(one))
+        lives = Lives(db)
+        for session in (one, other):
+            await leave_suspect(db, session, "hang")
+
+        agent = await lives.live()
+        drained = await agent.drain_until_idle(max_duration_ms=300, headroom_ms=0)
+        await agent.aclose()
+
+        assert not drained.completed
+        assert lives.asked == ["hang"]

@@ -1196,7 +1196,7 @@ async def test_what_is_stopped_has_nothing_on_its_way(
 async def test_what_the_store_cannot_say_for_a_while_is_tried_again(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aidb_ray.agents.shard.FAILURE_PAUSE_MS", 1)
+    monkeypatch.setattr("aidb_ray.agents.partition.FAILURE_PAUSE_MS", 1)
     agent = await start(Model())
     client = db.partitions[0].client
     read_session = client.read_session
@@ -1972,3 +1972,43 @@ async def test_an_error_of_a_tool_that_names_a_strange_file_is_an_answer(db: Dat
     agent = await start(play, tools=[look])
     assert (await ask(agent, "look")).content == "It cannot be read."
     assert runs == 1
+
+
+# Rows of the user's own, further.
+
+
+async def test_a_failed_run_whose_row_leaves_the_query_is_ended(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows are grouped, and so nothing in the group tells of the generation."""
+    monkeypatch.setattr("aidb_ray.agents.partition.FAILURE_PAUSE_MS", 60_000)
+    tried = asyncio.Event()
+
+    def generate(_: GenerateContext[Any]) -> str:
+        tried.set()
+        raise UnavailableError("The store does not answer.", outcome="unknown")
+
+    agent = await start_raw(db, generate, session=lambda row: row.thread)
+    await tasks_of(db).insert({"id": "a"})
+    await tried.wait()
+    await tasks_of(db).update("a", {"done": True})
+    assert (await agent.drain_until_idle()).completed
+
+    [generation] = await raw_generations(db)
+    assert (generation.status, generation.error) == ("cancelled", "Nobody waits for it any more.")
+
+
+async def test_pending_work_of_one_session_of_rows_of_the_user_s_own(db: Database) -> None:
+    door = asyncio.Event()
+
+    async def generate(_: GenerateContext[Any]) -> str:
+        await door.wait()
+        return "done"
+
+    agent = await start_raw(db, generate, tasks=tasks_of(db, "aidb://tasks/*"))
+    await tasks_of(db, "aidb://tasks/1").insert({"id": "a"})
+
+    assert await agent.has_pending_work()
+    assert await agent.has_pending_work(session="aidb://tasks/1")
+    assert not await agent.has_pending_work(session="aidb://tasks/2")
+    door.set()

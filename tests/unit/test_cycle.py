@@ -2,31 +2,39 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
 import pytest
 
 from aidb_ray.agents.cycle import (
     ALONE_AFTER,
-    AnswerInDoubt,
     AskModel,
+    Call,
+    CallDeferred,
     CallFinished,
     Cancelled,
     Command,
     Cycle,
     End,
     Event,
+    GoOn,
     Limits,
-    Park,
+    OutputRefused,
+    Phase,
+    Resumed,
     RoundFailed,
     RoundFinished,
-    RunAgain,
     RunCalls,
+    Standing,
+    TimedOut,
+    Wait,
     advance,
     is_suspect,
     resume,
 )
+from aidb_ray.agents.cycle import (
+    TRANSITIONS as TABLE,
+)
 from aidb_ray.agents.definition import Retry, UsageLimits
-from aidb_ray.agents.rows import GenerationRow, ToolCallRow, UsageRow
+from aidb_ray.agents.rows import GenerationRow, UsageRow
 from aidb_ray.models.base import ToolCallRequest, Usage
 
 RETRY = Retry(max_attempts=3, first_pause_ms=100, longest_pause_ms=1_000)
@@ -89,6 +97,55 @@ TRANSITIONS: list[tuple[str, Cycle, Event, Cycle, Command]] = [
         CallFinished("g:0:0"),
         Cycle("g", "asking", ("hm",), frozenset(), 2),
         AskModel(),
+    ),
+    (
+        "a call that is left to others keeps none of the others from running",
+        CALLING,
+        CallDeferred("g:0:1"),
+        Cycle("g", "calling", ("hm",), CALLING.open_calls, 2, awaited=frozenset({"g:0:1"})),
+        None,
+    ),
+    (
+        "when only others' calls are left it waits",
+        Cycle("g", "calling", ("hm",), CALLING.open_calls, 2, awaited=frozenset({"g:0:1"})),
+        CallFinished("g:0:0"),
+        Cycle(
+            "g",
+            "waiting",
+            ("hm",),
+            frozenset({"g:0:1"}),
+            2,
+            awaited=frozenset({"g:0:1"}),
+        ),
+        Wait(("g:0:1",)),
+    ),
+    (
+        "a round of others' calls only waits at once",
+        Cycle("g", "calling", ("hm",), frozenset({"g:0:0"}), 1),
+        CallDeferred("g:0:0"),
+        Cycle("g", "waiting", ("hm",), frozenset({"g:0:0"}), 1, awaited=frozenset({"g:0:0"})),
+        Wait(("g:0:0",)),
+    ),
+    (
+        "a cancel ends it while it waits",
+        Cycle("g", "waiting", ("hm",), frozenset({"g:0:0"}), 1, awaited=frozenset({"g:0:0"})),
+        Cancelled("enough"),
+        Cycle("g", "ended", ("hm",), frozenset({"g:0:0"}), 1, awaited=frozenset({"g:0:0"})),
+        End("cancelled", error="enough"),
+    ),
+    (
+        "an answer of the wrong form is asked for again at once, as a new attempt",
+        Cycle("g", failures=1, attempt=2),
+        OutputRefused("No JSON.", Usage(5, 2)),
+        Cycle("g", attempt=3, repairs=1, usage=Usage(5, 2)),
+        AskModel(),
+    ),
+    (
+        "after so many it ends",
+        Cycle("g", attempt=3, repairs=2),
+        OutputRefused("No JSON."),
+        Cycle("g", "ended", attempt=3, repairs=2),
+        End("failed", error="No JSON.", code="invalid_output"),
     ),
     (
         "the last round must not ask for tools",
@@ -162,6 +219,27 @@ TRANSITIONS: list[tuple[str, Cycle, Event, Cycle, Command]] = [
         Cycle("g", "ended", ("hm",), CALLING.open_calls, 2),
         End("cancelled"),
     ),
+    (
+        "time ends it while the model talks",
+        ASKING,
+        TimedOut(50),
+        ENDED,
+        End("failed", error="It took over 50 ms.", code="run_timeout"),
+    ),
+    (
+        "time ends it while tools run",
+        CALLING,
+        TimedOut(50),
+        Cycle("g", "ended", ("hm",), CALLING.open_calls, 2),
+        End("failed", error="It took over 50 ms.", code="run_timeout"),
+    ),
+    (
+        "time ends it while it waits",
+        Cycle("g", "waiting", ("hm",), frozenset({"g:0:0"}), 1, awaited=frozenset({"g:0:0"})),
+        TimedOut(50),
+        Cycle("g", "ended", ("hm",), frozenset({"g:0:0"}), 1, awaited=frozenset({"g:0:0"})),
+        End("failed", error="It took over 50 ms.", code="run_timeout"),
+    ),
     ("nothing follows the end: an answer", ENDED, RoundFinished("Late.", ()), ENDED, None),
     ("nothing follows the end: a failure", ENDED, failed(), ENDED, None),
     ("nothing follows the end: a call", ENDED, CallFinished("g:0:0"), ENDED, None),
@@ -226,17 +304,17 @@ def generation(*rounds: str, attempt: int = 1) -> GenerationRow:
     )
 
 
-def call(round_: int, number: int, status: str) -> ToolCallRow:
-    return ToolCallRow(f"g:{round_}:{number}", "g", "add", status=status, round=round_)
+def calls(*standings: Standing, round_: int = 0) -> list[Call]:
+    return [Call(f"g:{round_}:{n}", round_, standing) for n, standing in enumerate(standings)]
 
 
 InDoubt = Literal["retry", "fail", "park"]
-CRASHES: list[tuple[str, list[str], list[ToolCallRow], InDoubt, str, Command]] = [
+CRASHES: list[tuple[str, list[str], list[Call], InDoubt, Phase, Command]] = [
     ("in the first round", [], [], "retry", "asking", AskModel()),
     (
         "after all calls were answered",
         ["one"],
-        [call(0, 0, "completed"), call(0, 1, "failed"), call(0, 2, "cancelled")],
+        calls("answered", "answered"),
         "park",
         "asking",
         AskModel(),
@@ -244,55 +322,116 @@ CRASHES: list[tuple[str, list[str], list[ToolCallRow], InDoubt, str, Command]] =
     (
         "while a call ran that may be repeated",
         ["one"],
-        [call(0, 0, "completed"), call(0, 1, "executing")],
+        calls("answered", "running"),
         "retry",
         "calling",
-        RunAgain(("g:0:1",)),
-    ),
-    (
-        "before a call had begun",
-        ["one"],
-        [call(0, 0, "pending")],
-        "retry",
-        "calling",
-        RunAgain(("g:0:0",)),
+        GoOn(("g:0:1",)),
     ),
     (
         "while calls ran that may not be repeated",
         ["one", "two"],
-        [call(0, 0, "completed"), call(1, 0, "executing"), call(1, 1, "executing")],
+        [*calls("answered"), *calls("running", "running", round_=1)],
         "fail",
         "calling",
-        AnswerInDoubt(("g:1:0", "g:1:1")),
+        GoOn((), {"g:1:0": "in_doubt", "g:1:1": "in_doubt"}),
     ),
     (
         "while a call ran that a person must decide about",
         ["one"],
-        [call(0, 0, "executing")],
+        calls("running"),
+        "park",
+        "waiting",
+        Wait(("g:0:0",)),
+    ),
+    (
+        "while calls ran of which one is decided",
+        ["one"],
+        calls("again", "running", "rejected"),
         "park",
         "calling",
-        Park(("g:0:0",)),
+        GoOn(("g:0:0",), {"g:0:2": "rejected"}),
+    ),
+    (
+        "while one call ran and others were waited for",
+        ["one"],
+        calls("awaited", "running"),
+        "retry",
+        "calling",
+        GoOn(("g:0:1",)),
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("rounds", "calls", "in_doubt", "phase", "command"),
+    ("rounds", "found", "in_doubt", "phase", "command"),
     [row[1:] for row in CRASHES],
     ids=[row[0] for row in CRASHES],
 )
 def test_a_crash(
-    rounds: list[str], calls: list[ToolCallRow], in_doubt: InDoubt, phase: str, command: Command
+    rounds: list[str], found: list[Call], in_doubt: InDoubt, phase: str, command: Command
 ) -> None:
-    cycle, found = resume(generation(*rounds, attempt=3), calls, in_doubt, LIMITS)
+    cycle, follows = resume(generation(*rounds, attempt=3), found, in_doubt, LIMITS)
 
-    assert found == command
+    assert follows == command
     assert cycle.phase == phase
     assert cycle.rounds == tuple(rounds)
-    assert cycle.call_count == len(calls)
-    assert cycle.attempt == 4
+    assert cycle.call_count == len(found)
+    assert (cycle.attempt, cycle.interruptions) == (4, 1)
     assert cycle.failures == 0
     assert cycle.usage == Usage(5, 2)
+
+
+WAITS: list[tuple[str, list[Call], Phase, Command]] = [
+    ("still", calls("awaited", "answered"), "waiting", Wait(("g:0:0",))),
+    ("no more, for all is answered", calls("answered_elsewhere"), "asking", AskModel()),
+    ("no more, for one may run", calls("ready", "awaited"), "calling", GoOn(("g:0:0",))),
+    (
+        "no more, for one may not run",
+        calls("awaited", "rejected"),
+        "calling",
+        GoOn((), {"g:0:1": "rejected"}),
+    ),
+    ("too long", calls("expired"), "calling", GoOn((), {"g:0:0": "timeout"})),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "phase", "command"), [row[1:] for row in WAITS], ids=[row[0] for row in WAITS]
+)
+def test_what_waits_is_neither_interrupted_nor_begun_anew(
+    found: list[Call], phase: Phase, command: Command
+) -> None:
+    limits = Limits(retry=Retry(max_interruptions=1))
+
+    cycle, follows = resume(generation("one", attempt=3), found, "retry", limits)
+
+    assert (cycle.phase, follows) == (phase, command)
+    assert (cycle.attempt, cycle.interruptions) == (3, 0)
+
+
+def test_what_was_waited_for_goes_on_waiting_for_the_rest() -> None:
+    cycle, _ = resume(generation("one"), calls("ready", "awaited"), "retry", LIMITS)
+
+    cycle, command = advance(cycle, CallFinished("g:0:0"), LIMITS)
+
+    assert (cycle.phase, command) == ("waiting", Wait(("g:0:1",)))
+
+
+def test_the_table_has_every_transition_and_no_other() -> None:
+    """Those of the examples here are those of the table."""
+    seen: set[tuple[Phase, type[Event | Resumed], Phase]] = {
+        (before.phase, type(event), after.phase)
+        for _, before, event, after, _ in TRANSITIONS
+        if before.phase != "ended"
+    }
+    for _, _, found, _, phase, _ in CRASHES:
+        was: Phase = "calling" if {"running", "again"} & {c.standing for c in found} else "asking"
+        seen.add((was, Resumed, phase))
+    seen |= {("waiting", Resumed, phase) for _, _, phase, _ in WAITS}
+    # `test_each_process_that_ends_in_a_round_is_counted_and_the_last_fails_it`
+    seen |= {("asking", Resumed, "ended"), ("calling", Resumed, "ended")}
+
+    assert seen == TABLE
 
 
 def test_what_has_ended_is_not_resumed() -> None:
@@ -300,15 +439,15 @@ def test_what_has_ended_is_not_resumed() -> None:
         resume(GenerationRow("g", "echo", "completed"), [], "retry", LIMITS)
 
 
-def interrupted(times: int) -> GenerationRow:
-    return GenerationRow("g", "echo", "running", ["m"], interruptions=times)
+def interrupted(times: int, *rounds: str) -> GenerationRow:
+    return GenerationRow("g", "echo", "running", ["m"], list(rounds), interruptions=times)
 
 
 def test_each_process_that_ends_in_a_round_is_counted_and_the_last_fails_it() -> None:
     limits = Limits(retry=Retry(max_interruptions=3))
 
     counted, command = resume(interrupted(1), [], "retry", limits)
-    ended, end = resume(interrupted(2), [call(0, 0, "executing")], "park", limits)
+    ended, end = resume(interrupted(2, "one"), calls("running"), "park", limits)
 
     assert (counted.interruptions, command) == (2, AskModel())
     assert ended.phase == "ended"
@@ -331,27 +470,8 @@ def test_a_finished_round_with_calls_forgets_the_interruptions() -> None:
 
 @pytest.mark.parametrize(("times", "alone"), [(ALONE_AFTER - 1, False), (ALONE_AFTER, True)])
 def test_what_was_interrupted_often_is_suspected(times: int, *, alone: bool) -> None:
-    assert is_suspect(interrupted(times - 1), is_interrupted=True) == alone
-    assert is_suspect(interrupted(times), is_interrupted=False) == alone
+    assert is_suspect(interrupted(times - 1), [], is_interrupted=True) == alone
+    assert is_suspect(interrupted(times), [], is_interrupted=False) == alone
+    waiting = interrupted(times - 1, "one")
+    assert not is_suspect(waiting, calls("awaited"), is_interrupted=True)
     assert Cycle("g", interruptions=times).is_suspect == alone
-
-
-def decided(number: int, approval: str | None) -> ToolCallRow:
-    return msgspec.structs.replace(call(0, number, "executing"), approval=approval)
-
-
-@pytest.mark.parametrize(
-    ("approvals", "command"),
-    [
-        (["approved", None], Park(("g:0:1",))),
-        (["rejected", "needed"], Park(("g:0:1",))),
-        (["approved", "rejected"], RunAgain(("g:0:0",), ("g:0:1",))),
-        (["rejected", "rejected"], RunAgain((), ("g:0:0", "g:0:1"))),
-    ],
-)
-def test_nothing_is_done_before_every_call_in_doubt_is_decided(
-    approvals: list[str | None], command: Command
-) -> None:
-    calls = [decided(number, approval) for number, approval in enumerate(approvals)]
-
-    assert resume(generation("one"), calls, "park", LIMITS)[1] == command

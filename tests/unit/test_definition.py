@@ -17,6 +17,7 @@ from aidb_ray.agents.definition import (
 )
 from aidb_ray.errors import ConfigError, QueryError
 from aidb_ray.expressions import eq
+from aidb_ray.models.signatures import Signature
 from aidb_ray.models.tools import Tool, declare_tool, tool
 from aidb_ray.query.builder import QueryRoot
 from aidb_ray.store.collection import Collection
@@ -55,6 +56,10 @@ class Args(BaseModel):
     a: int
 
 
+def without_implementation() -> Tool:
+    return Tool(name="add", description="", signature=Signature("add", model=Args), function=None)
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
@@ -64,11 +69,7 @@ class Args(BaseModel):
         ({"name": "a*"}, "invalid_name"),
         ({"name": "x" * 600}, "invalid_name"),
         ({"tools": [make_tool(), make_tool()]}, "duplicate_tool"),
-        (
-            {"tools": [declare_tool(name="add", description="Add.", input_schema=Args)]},
-            "missing_implementation",
-        ),
-        ({"tools": [make_tool(needs_approval=True)]}, "approval_unsupported"),
+        ({"tools": [without_implementation()]}, "missing_implementation"),
         ({"tools": [print]}, "not_a_tool"),
         ({"adapter": None}, "invalid_adapter"),
         ({"adapter": "gpt-4o"}, "invalid_adapter"),
@@ -97,6 +98,16 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, Any], code: str) -
     with pytest.raises(ConfigError) as raised:
         define(**options)
     assert raised.value.code == code
+
+
+def test_tools_may_run_elsewhere_or_need_an_approval() -> None:
+    def sub(a: int) -> int:
+        return -a
+
+    declared = declare_tool(name="sub", description="Subtract.", input_schema=Args)
+
+    assert define(tools=[declared, make_tool(needs_approval=True)]).tools[0].runs_elsewhere
+    assert not declared.with_implementation(sub).runs_elsewhere
 
 
 @pytest.mark.parametrize(

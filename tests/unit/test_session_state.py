@@ -212,12 +212,12 @@ def test_the_size_follows_what_is_held() -> None:
     state = load()
     call = ToolCallRow("g:0:0", "g", "a", status="executing")
     state.put_message("m", 11, encode_row(message("m", 1, content="x" * 1_000)))
-    state.put_call(call)
-    state.put_call(msgspec.structs.replace(call, result="y" * 5_000))
+    state.put_call(call, 12)
+    state.put_call(msgspec.structs.replace(call, result="y" * 5_000), 12)
     assert state.size > 6_000
 
     state.put_message("m", 12, None)
-    state.put_call(call)
+    state.put_call(call, 12)
     assert state.size < 1_000
 
 
