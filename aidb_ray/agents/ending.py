@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aidb_ray.agents.assignment import Shard
     from aidb_ray.agents.commits import Commits
     from aidb_ray.agents.cycle import Ending as GenerationEnding
-    from aidb_ray.agents.session import SessionState
+    from aidb_ray.agents.session import SessionState, is_of_round
     from aidb_ray.chunks import Ending as StreamEnding
     from aidb_ray.models.base import Usage
 
@@ -192,7 +192,7 @@ class Ending:
                 self._state.drop_call(call)
         for row in calls.values():
             call = decode_call(row.value)
-            if call.generation_id == mine:
+            if call.generation_id == mine and is_of_round(call):
                 self._state.put_call(call, row.revision)
 
     def _reply(self, end: End, now: str) -> MessageRow | None:

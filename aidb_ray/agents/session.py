@@ -96,7 +96,8 @@ class SessionState:
                 self._read_as_of[generation.id] = row.revision
         for row in rows["tool_calls"]:
             call = decode_call(row.value)
-            if call.generation_id in self.generations:
+            # Jobs of its tools are rows beside the calls that began them.
+            if call.generation_id in self.generations and is_of_round(call):
                 self.put_call(call, row.revision)
 
     def put_message(self, key: str, revision: int, value: bytes | None) -> None:
@@ -331,6 +332,11 @@ def _size_of(call: ToolCallRow) -> int:
 
 def _role(role: str) -> Any:
     return role
+
+
+def is_of_round(call: ToolCallRow) -> bool:
+    """Whether a row is a call of its generation's model, as an agent writes them."""
+    return call.id == f"{call.generation_id}:{call.round}:{_number(call.id)}"
 
 
 def _number(call_id: str) -> int:

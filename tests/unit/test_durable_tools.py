@@ -304,6 +304,48 @@ async def test_the_end_of_a_job_wakes_the_agent_that_asked_for_it(db: Database) 
     )
 
 
+async def test_a_job_is_no_call_of_the_conversation(db: Database) -> None:
+    heard: list[int] = []
+
+    def play(messages: Any) -> Reply:
+        heard.append(sum(message.role == "tool" for message in messages))
+        return "So it is." if messages[-1].role == "tool" else CallTool("search", {"query": "a"})
+
+    calls = db.session(URL).tool_calls
+    definition = durable_agent(
+        name="clerk",
+        adapter=ScriptedModel(play),
+        tools=[make_async_tool(search, calls)],
+        stream_url=URL,
+    )
+    agent = create_agent(definition)
+    await agent.send("go").reply(timeout_ms=SOON_MS)
+    await agent.aclose()
+    # The next process reads the session's rows, that of the job among them, which still waits.
+    await create_agent(definition).send("again").reply(timeout_ms=SOON_MS)
+
+    assert heard == [0, 1, 1, 2]
+
+
+async def test_an_agent_waits_for_calls_that_others_run_and_each_is_one_row(db: Database) -> None:
+    def play(messages: Any) -> Reply:
+        heard = [message.content for message in messages if message.role == "tool"]
+        ask = [CallTool("search", {"query": "a"}), CallTool("analyze", {"query": "b"})]
+        return f"Heard {' and '.join(heard)}." if heard else ask
+
+    calls = db.session(URL).tool_calls
+    tools = make_durable_tools([search, analyze], calls)
+    agent = create_agent(
+        durable_agent(name="clerk", adapter=ScriptedModel(play), tools=tools, stream_url=URL)
+    )
+    asked = agent.send("go")
+    async with executor(calls, search), executor(calls, analyze):
+        reply = await asked.reply(timeout_ms=SOON_MS)
+
+    assert reply.content == 'Heard {"hits":"A"} and {"hits":"B"}.'
+    assert [row.status for row in await rows(db, calls)] == ["completed", "completed"]
+
+
 async def test_only_an_agent_can_be_woken(calls: Collection[ToolCall]) -> None:
     job = make_async_tool(search, calls, wake_agent=True)
     with pytest.raises(ToolError) as raised:
