@@ -41,6 +41,7 @@ from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.holders import Holders, holders_of
 from aidb_ray.store.local import LocalWrites
+from aidb_ray.store.shared import SharedCollections
 from aidb_ray.store.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Database:
         self._holders = holders
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
+        self._collections: dict[asyncio.AbstractEventLoop, SharedCollections] = {}
         self._agents: dict[str, Agent] = {}
         # Of agents that others created, while somebody holds the handle.
         self._attached_agents: WeakValueDictionary[str, Agent] = WeakValueDictionary()
@@ -257,8 +259,26 @@ class Database:
         """Return a collection; it exists once it has a row.
 
         Without a session it lives in the first partition. A session ending in `*` reads across
-        sessions.
+        sessions. In an event loop it is the same object each time, so its rows are copied once:
+        the 256 that were asked for last are kept, others while somebody holds them.
         """
+
+        def make() -> Collection[Any]:
+            return self._make_collection(name, schema, key=key, session=session)
+
+        loop = _running_loop()
+        if loop is None or self.is_closed:
+            return make()
+        shared = self._collections.get(loop)
+        if shared is None:
+            for gone in [other for other in self._collections if other.is_closed()]:
+                del self._collections[gone]
+            shared = self._collections[loop] = SharedCollections()
+        return shared.get((name, schema, key, session), make)
+
+    def _make_collection(
+        self, name: str, schema: type[Any] | None, *, key: str, session: str | None
+    ) -> Collection[Any]:
         if not is_valid_name(name):
             raise ConfigError(
                 f"{name!r} cannot name a collection: 1 to 512 of A-Z a-z 0-9 . _ ~ : / - without "
@@ -393,6 +413,7 @@ class Database:
         async with AsyncExitStack() as closing:
             # The last one pushed is the first to close.
             closing.callback(self._partitions.pop, loop, None)
+            closing.callback(self._collections.pop, loop, None)
             if self.cluster is not None:
                 closing.push_async_callback(self.cluster.close)
             if self.is_local:
@@ -890,6 +911,13 @@ def _check_session(url: str) -> None:
             f"{url!r} cannot name a session; it looks like 'aidb://support/42'.",
             code="invalid_name",
         )
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _closed(name: str) -> ConfigError:
