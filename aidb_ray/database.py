@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.holders import Holders, holders_of
 from aidb_ray.store.local import LocalWrites
+from aidb_ray.store.shared import SharedCollections
 from aidb_ray.store.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ class Database:
         self._holders = holders
         # A client belongs to one event loop; a handle may be used in several, one after the other.
         self._partitions: dict[asyncio.AbstractEventLoop, list[Partition]] = {}
+        self._collections: dict[asyncio.AbstractEventLoop, SharedCollections] = {}
         self._agents: dict[str, Agent] = {}
         self._effects: list[Closable] = []
         # Of agents that others created, while somebody holds the handle.
@@ -284,7 +286,8 @@ class Database:
         """Return a collection; it exists once it has a row.
 
         Without a session it lives in the first partition. A session ending in `*` reads across
-        sessions.
+        sessions. In an event loop it is the same object each time, so its rows are copied once:
+        the 256 that were asked for last are kept, others while somebody holds them.
 
         Args:
             name: The collection's, 1 to 512 of the characters that need no escape in a URL.
@@ -307,17 +310,22 @@ class Database:
             ConfigError: `invalid_name`, `invalid_schema`, `invalid_key_field`, `invalid_version`,
                 `invalid_migrate`.
         """
-        if not is_valid_name(name):
-            raise ConfigError(
-                f"{name!r} cannot name a collection: 1 to 512 of A-Z a-z 0-9 . _ ~ : / - without "
-                f"'..' are allowed.",
-                code="invalid_name",
+
+        def make() -> Collection[Any]:
+            _check_place(name, session)
+            return Collection(
+                self, name, schema, key=key, session=session, version=version, migrate=migrate
             )
-        if session is not None:
-            _check_session(session)
-        return Collection(
-            self, name, schema, key=key, session=session, version=version, migrate=migrate
-        )
+
+        loop = _running_loop()
+        if loop is None or self.is_closed or not isinstance(migrate, Hashable | None):
+            return make()
+        shared = self._collections.get(loop)
+        if shared is None:
+            for gone in [other for other in self._collections if other.is_closed()]:
+                del self._collections[gone]
+            shared = self._collections[loop] = SharedCollections()
+        return shared.get((name, schema, key, session, version, migrate), make)
 
     @overload
     async def query(self, fn: Callable[[QueryRoot], SingleQuery[R]]) -> R | None: ...
@@ -452,6 +460,7 @@ class Database:
         async with AsyncExitStack() as closing:
             # The last one pushed is the first to close.
             closing.callback(self._partitions.pop, loop, None)
+            closing.callback(self._collections.pop, loop, None)
             if self.cluster is not None:
                 closing.push_async_callback(self.cluster.close)
             if self.is_local:
@@ -987,12 +996,30 @@ def _store_name(database: str, partition: int) -> str:
     return f"aidb/{database}/p{partition}"
 
 
+def _check_place(name: str, session: str | None) -> None:
+    if not is_valid_name(name):
+        raise ConfigError(
+            f"{name!r} cannot name a collection: 1 to 512 of A-Z a-z 0-9 . _ ~ : / - without "
+            f"'..' are allowed.",
+            code="invalid_name",
+        )
+    if session is not None:
+        _check_session(session)
+
+
 def _check_session(url: str) -> None:
     if not url.startswith("aidb://") or not is_valid_name(url.removesuffix("*")):
         raise ConfigError(
             f"{url!r} cannot name a session; it looks like 'aidb://support/42'.",
             code="invalid_name",
         )
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _closed(name: str) -> ConfigError:

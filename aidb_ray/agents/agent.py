@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, overload
+from weakref import finalize
 
 import msgspec
 
@@ -33,6 +32,7 @@ from aidb_ray.models.base import TextAdapter
 from aidb_ray.models.tools import Tool
 from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.runtime import ActorRef
+from aidb_ray.runtime.garbage import close_with
 from aidb_ray.store.changes import Filter, Insert
 from aidb_ray.store.transaction import Transaction
 
@@ -143,7 +143,7 @@ class AgentCollections:
 class _InLoop:
     """What a handle has in one event loop: its start, and the replies by partition."""
 
-    closing: weakref.finalize[..., Agent] = field(init=False)
+    closing: finalize[..., Any] = field(init=False)
     starting: asyncio.Task[None] | None = None
     replies: dict[int, Replies] = field(default_factory=dict[int, Replies])
 
@@ -453,8 +453,7 @@ class Agent:
             for gone in [other for other in self._loops if other.is_closed()]:
                 self._loops.pop(gone).closing.detach()
             found = self._loops[loop] = _InLoop()
-            found.closing = weakref.finalize(self, _close_in, loop, found.replies)
-            found.closing.atexit = False
+            found.closing = close_with(self, found.replies.values())
         return found
 
     def _one_session(self) -> str:
@@ -591,15 +590,3 @@ def _handle_of(database: Database, name: str, url: str | None, shards: int) -> A
         agent = Agent(database, name, url, shards)
         database.share_agent(agent)
     return agent
-
-
-def _close_in(loop: asyncio.AbstractEventLoop, replies: dict[int, Replies]) -> None:
-    """Close what an agent that is gone listened to, in the event loop where it did."""
-
-    def close() -> None:
-        for each in replies.values():
-            each.close()
-
-    # Garbage is collected anywhere: amid the feed's work, or in another thread.
-    with suppress(RuntimeError):  # The loop was closed, and all in it has ended.
-        loop.call_soon_threadsafe(close)

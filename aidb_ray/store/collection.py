@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
+from weakref import finalize
 
 import msgspec
 
@@ -35,6 +36,7 @@ from aidb_ray.expressions import (
     predicate,
 )
 from aidb_ray.runtime import check_sendable
+from aidb_ray.runtime.garbage import close_with
 from aidb_ray.store.changes import CHUNKS, Filter, Insert, StoredRow
 from aidb_ray.store.local import LocalWrites, RowEvent, View
 from aidb_ray.store.rows import RowCodec, codec_of
@@ -146,7 +148,8 @@ class Collection(Generic[R]):
     """Rows of one type, found by key. A session ending in `*` reads across sessions.
 
     Reading methods that do not wait (`get`, `len`, `in`, `values`) see this process's copy, which
-    is complete once `ready()` was awaited; rows written here are always seen.
+    is complete once `ready()` was awaited; rows written here are always seen. The copy ends with
+    the last that holds the collection.
 
     Args:
         row_type: pydantic model, dataclass or TypedDict; None for plain dicts.
@@ -173,6 +176,7 @@ class Collection(Generic[R]):
         self._sites = sites
         self._codec: RowCodec[R] = codec_of(row_type, key, version, migrate)
         self._views: list[View] = []
+        self._closing: finalize[..., Any] | None = None
         self._decoded: dict[tuple[str, str], tuple[bytes, R]] = {}
         # Rows that are not stored as rows of this version are; None for those that cannot be read.
         self._currents: dict[tuple[str, str], tuple[bytes, bytes | None]] = {}
@@ -524,12 +528,19 @@ class Collection(Generic[R]):
         return session, self._sites.site_of(session)
 
     def _copy(self) -> list[View]:
+        if any(view.has_failed for view in self._views):
+            # The store could not be read then, and may be back.
+            for view in self._views:
+                view.close()
+            self._views.clear()
         if not self._views:
             wanted = self.filter()
-            self._views = [
+            self._views += [
                 View(site.client, site.writes, wanted, _ignore)
                 for site in self._sites.sites_of(self._one_session())
             ]
+            if self._closing is None:
+                self._closing = close_with(self, self._views)
         return self._views
 
     def _is_ready(self) -> bool:

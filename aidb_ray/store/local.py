@@ -247,6 +247,12 @@ class View:
         ready = self.subscription.ready
         return ready.done() and ready.exception() is None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the rows will not arrive; see `ready`."""
+        ready = self.subscription.ready
+        return ready.done() and ready.exception() is not None
+
     async def ready(self) -> None:
         """Wait until the rows have arrived.
 

@@ -1177,6 +1177,66 @@ async def test_a_call_whose_answer_is_on_its_way_stays_finished_when_it_is_cance
     assert [call.status for call in await calls(db)] == ["completed", "completed"]
 
 
+async def test_of_a_session_that_was_left_over_only_the_first_start_is_waited_for(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier process may have died of what waits at the start, but not of what comes later."""
+    model = Model()
+    hello = {"role": "user", "actor_id": "u", "target_agent": "echo", "content": "hello"}
+    await db.session(URL).messages.insert({"id": "one", **hello})
+    commits = HeldCommits(db, monkeypatch, b'"messageIds":["one"]')
+    agent = await start(model)
+    await commits.held.wait()
+    assert not model.asked
+    commits.door.set()
+    await agent.reply_to("one", session=URL).reply(timeout_ms=SOON_MS)
+    await agent.drain_until_idle()
+
+    commits = HeldCommits(db, monkeypatch, b'"messageIds":["two"]')
+    later = agent.send("later", session=URL, message_id="two")
+    try:
+        await until(lambda: len(model.asked) == 2)
+    finally:
+        commits.door.set()
+    await later.reply(timeout_ms=SOON_MS)
+
+
+async def test_rows_of_sessions_at_work_are_kept_however_full_the_cache_is(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aidb_ray.agents.shard.CACHE_BYTES", 0)
+    at_work, idle, other = (f"aidb://echo/{name}" for name in ("at-work", "idle", "other"))
+    door = asyncio.Event()
+    reads: list[str] = []
+    client = db.partitions[0].client
+    read_session = client.read_session
+
+    async def count(session: str, collections: tuple[str, ...]) -> Any:
+        reads.append(session)
+        return await read_session(session, collections)
+
+    async def play(messages: Sequence[ModelMessage]) -> Reply:
+        if messages[-1].content == "wait":
+            await door.wait()
+        return "done"
+
+    monkeypatch.setattr(client, "read_session", count)
+    agent = await start(Model(), adapter=ScriptedModel(play))
+    await ask(agent, "hello", idle)
+    waits = agent.send("wait", session=at_work)
+    await until(lambda: at_work in reads)
+    await ask(agent, "hello", other)
+    more = agent.send("more", session=at_work)
+    await written(more)
+    door.set()
+    for handle in (waits, more):
+        await handle.reply(timeout_ms=SOON_MS)
+    await ask(agent, "again", idle)
+
+    assert reads.count(at_work) == 1
+    assert reads.count(idle) == 2, "what is idle makes room"
+
+
 async def test_what_is_stopped_has_nothing_on_its_way(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,15 @@ def test_durable_writes_are_kept_up_to_a_number_and_a_size(
     writes.fail(outstanding)
 
 
+def test_a_row_that_is_written_again_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "MAX_OWN_ROWS", 2)
+    writes = LocalWrites()
+    for revision, key in enumerate(("a", "b", "a", "c"), start=1):
+        writes.succeed(writes.add(("aidb://a", "rows", key), b"x", OWNER), revision)
+
+    assert [writes.knows(("aidb://a", "rows", key)) for key in "abc"] == [True, False, True]
+
+
 def test_the_owner_of_the_newest_outstanding_write_is_known() -> None:
     writes = LocalWrites()
     assert writes.latest_owner(WHERE) is None

@@ -163,6 +163,40 @@ async def test_what_is_committed_while_the_feed_begins_anew_is_found_in_the_stor
         assert list(reader.rows) == ["later"]
 
 
+async def test_who_waits_for_a_revision_waits_until_the_rows_are_told_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(tmp_path) as store:
+        writer, client = store.client(), store.client()
+        reader = Reader(client, ROWS)
+        await reader.ready()
+        may_read = asyncio.Event()
+        ask = store.ask
+
+        async def ask_late(method: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            if method.__name__ == "read":
+                await may_read.wait()
+            return await ask(method, *args)
+
+        monkeypatch.setattr(store, "ask", ask_late)
+        client.feed._generation = "of another store"
+        revision = await writer.commit([insert("missed")])
+        await until(lambda: client.feed.cursor >= revision and reader.subscription.loading)
+        seen: list[list[str]] = []
+
+        async def reach() -> None:
+            await client.feed.reached(revision)
+            seen.append(sorted(reader.rows))
+
+        reaching = asyncio.create_task(reach())
+        # Who waits for nothing has come to the end by then.
+        await client.status()
+        may_read.set()
+        await reaching
+
+        assert seen == [["missed"]]
+
+
 def lose_feed(
     store: Store,
     client: StoreClient,

@@ -64,6 +64,20 @@ async def test_a_refused_write_is_taken_back_and_raises_where_it_is_awaited(tmp_
         assert rows.is_synced("a")
 
 
+async def test_each_who_awaits_a_refused_write_gets_a_trace_of_its_own(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        await Process(store).collection("rows").insert({"id": "a"})
+        writing = Process(store).collection("rows").insert({"id": "a"})
+
+        depths: list[int] = []
+        for _ in range(3):
+            with pytest.raises(KeyExistsError) as raised:
+                await writing
+            depths.append(len(raised.traceback))
+
+        assert len(set(depths)) == 1
+
+
 async def test_what_was_written_on_top_of_a_refused_write_goes_with_it(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         await Process(store).collection("rows").insert({"id": "a", "n": 1})
