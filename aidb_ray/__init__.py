@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from aidb_ray.effects.decisions import answer, approve, reject
     from aidb_ray.effects.definition import EffectRetry, Happened
     from aidb_ray.effects.effect import Effect
+    from aidb_ray.effects.executor import create_tool_execution_effect
     from aidb_ray.effects.generation import create_generation_effect
     from aidb_ray.effects.loop import EffectStatus
     from aidb_ray.effects.tools import (
         RequestedCall,
-        create_tool_execution_effect,
         make_async_tool,
         make_durable_tool,
         make_durable_tools,
@@ -269,7 +269,7 @@ _WHERE = {
     "answer": "aidb_ray.effects.decisions",
     "approve": "aidb_ray.effects.decisions",
     "reject": "aidb_ray.effects.decisions",
-    "create_tool_execution_effect": "aidb_ray.effects.tools",
+    "create_tool_execution_effect": "aidb_ray.effects.executor",
     "make_async_tool": "aidb_ray.effects.tools",
     "make_durable_tool": "aidb_ray.effects.tools",
     "make_durable_tools": "aidb_ray.effects.tools",

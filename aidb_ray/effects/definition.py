@@ -164,3 +164,20 @@ def _check(definition: EffectDefinition) -> None:
         raise ConfigError(
             "An effect that runs here has no processes of its own to place.", code="invalid_option"
         )
+
+
+def check_contract(query: Query[Any], needed: Sequence[str]) -> None:
+    """Refuse rows that lack a field which the runtime relies on.
+
+    Raises:
+        ConfigError: `contract`.
+    """
+    source = query.sources[0][1]
+    fields = getattr(source, "fields", None)
+    missing = [name for name in needed if fields is not None and name not in fields]
+    if missing:
+        raise ConfigError(
+            f"Rows of {getattr(source, 'name', source)!r} have no field {', '.join(missing)}, "
+            f"which an effect relies on.",
+            code="contract",
+        )

@@ -14,9 +14,9 @@ from aidb_ray.effects.definition import (
     LateResults,
     Placement,
     Reconcile,
+    check_contract,
 )
 from aidb_ray.effects.effect import Effect, start_effect
-from aidb_ray.effects.tools import check_contract
 from aidb_ray.errors import ModelError
 from aidb_ray.models.round import Round
 from aidb_ray.models.tools import ToolContext

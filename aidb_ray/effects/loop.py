@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from aidb_ray.contracts import now_ms, time_ms
+from aidb_ray.effects.claiming import Claimer, LeaseRenewal, Place
 from aidb_ray.effects.definition import EffectDefinition, Happened
 from aidb_ray.effects.outcomes import Standing, Start, decide_start
+from aidb_ray.effects.parked import ParkedRows
 from aidb_ray.effects.pending import PendingWork
-from aidb_ray.effects.statuses import StatusWrites
-from aidb_ray.effects.work import ClaimedRow, RowWork, error_of, fitting_args, rows_of
+from aidb_ray.effects.work import RowWork, error_of, fitting_args, rows_of
 from aidb_ray.errors import (
     AidbError,
     ConflictError,
@@ -36,15 +37,9 @@ from aidb_ray.query.live import decoder_of, filter_of, to_changes
 from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
 from aidb_ray.store.changes import (
     Change,
-    Claim,
     Disown,
     Filter,
-    Held,
-    Mutation,
-    Release,
-    Renew,
     StoredRow,
-    Update,
 )
 from aidb_ray.store.claims import CLAIMS, ClaimRecord, decode_claim
 from aidb_ray.store.local import RowEvent, View
@@ -58,10 +53,7 @@ logger = logging.getLogger(__name__)
 FAILURE_PAUSE_MS = 1_000
 TURN_PAUSE_MS = 50
 MAX_SPREAD = 1_024
-MAX_PARKED = 1_000
-
-Place = tuple[str, str]
-"""(session, key)"""
+UNFOLLOWED_PAUSE_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +109,12 @@ class EffectLoop:
         self._written: dict[Place, int] = {}
         self._works: dict[Place, RowWork] = {}
         self._tasks: dict[Place, asyncio.Task[None]] = {}
-        self._parked: dict[Place, View] = {}
+        self._parked = ParkedRows(database, definition.source.name, self._unpark)
         self._lonely: Place | None = None
         self._spread = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._renewing: asyncio.Task[None] | None = None
-        self._renew_now = asyncio.Event()
+        self._claimer = Claimer(database, definition, holder)
+        self._renewal = LeaseRenewal(database, holder, definition.lease_ms, self._works)
         self._is_closing = False
         self._finished = 0
         self._taken_over = 0
@@ -325,7 +317,7 @@ class EffectLoop:
             case "wait":
                 self._queue.rest(place)
             case "park":
-                self._park(place)
+                self._park(place, standing.recorded_at)
             case _:
                 if standing.is_suspect and not self._be_alone(place):
                     return
@@ -376,7 +368,7 @@ class EffectLoop:
     async def _take(self, place: Place, row: StoredRow, standing: Standing, start: Start) -> None:
         """Claim a row and see it to its end."""
         try:
-            claimed = await self._claim(place, row, standing)
+            claimed = await self._claimer.claim(place, row, standing)
         except ConflictError as error:
             self._yield_to(place, error)
             return
@@ -391,9 +383,9 @@ class EffectLoop:
             self._definition,
             claimed,
             matches=lambda: self._matches_since(place, work),
-            heartbeat=self._heartbeat,
+            heartbeat=self._renewal.hurry,
         )
-        self._keep_renewing()
+        self._renewal.keep_up()
         try:
             is_finished = await self._see_through(work, start)
             self._finished += is_finished
@@ -405,63 +397,6 @@ class EffectLoop:
                 # A thread cannot be stopped: its slot stays taken until it returns.
                 work.thread.is_given_up = True
                 await work.thread.wait()
-
-    async def _claim(self, place: Place, row: StoredRow, standing: Standing) -> ClaimedRow:
-        """Claim a row, and say in the same commit that it is being worked on.
-
-        Raises:
-            ConflictError: somebody else has it, or it is not as we know it.
-            KeyMissingError: it is gone.
-        """
-        definition = self._definition
-        session, key = place
-        name = definition.source.name
-        mutations: list[Mutation] = []
-        value, note = row.value, str(standing.status)
-        attempt = standing.attempts + 1
-        if definition.on_executing is None:
-            rows = rows_of(self._database, definition, session)
-            writes = StatusWrites(rows, definition.statuses)
-            changes = writes.executing(attempt, is_in_doubt=standing.is_orphan)
-            patch = rows.patch_of(key, changes)
-            value = rows.patched(row.value, patch)
-            note = definition.statuses[0]
-            mutations.append(Update(session, name, key, value, row.revision))
-        claim = Claim(
-            session,
-            name,
-            key,
-            definition.name,
-            self._holder,
-            definition.lease_ms,
-            base=row.revision,
-            attempts=standing.attempts,
-            note=note,
-        )
-        client = self._database.site_of(session).client
-        sent = client.commit([claim, *mutations])
-        try:
-            token = await asyncio.shield(sent)
-        except asyncio.CancelledError:
-            await asyncio.wait([sent])
-            if sent.exception() is None:
-                await self._give_back(place, row, sent.result(), is_changed=bool(mutations))
-            raise
-        stored = StoredRow(token, value) if mutations else row
-        return ClaimedRow(session, name, key, token, attempt, stored, note, standing.is_orphan)
-
-    async def _give_back(
-        self, place: Place, row: StoredRow, token: int, *, is_changed: bool
-    ) -> None:
-        """Leave a row that was claimed as it was: nothing of it has run."""
-        where = (place[0], self._definition.source.name, place[1])
-        back: list[Mutation] = [Release(*where, token, "free")]
-        if is_changed:
-            back.append(Update(*where, row.value, token))
-        try:
-            await self._database.site_of(place[0]).client.commit(back, held=Held(*where, token))
-        except AidbError as error:
-            logger.warning("a claim could not be given back, its lease will end: %s", error)
 
     def _yield_to(self, place: Place, error: ConflictError) -> None:
         """Leave a row that could not be claimed to whoever has it, or look at it again."""
@@ -539,66 +474,13 @@ class EffectLoop:
         self._queue.discard(place, place)
         self._records.pop(place, None)
 
-    # Leases.
-
-    def _heartbeat(self) -> None:
-        asyncio.get_running_loop().call_soon_threadsafe(self._renew_now.set)
-
-    def _keep_renewing(self) -> None:
-        if self._renewing is None or self._renewing.done():
-            self._renewing = asyncio.get_running_loop().create_task(self._renew())
-
-    async def _renew(self) -> None:
-        while self._works:
-            try:
-                async with asyncio.timeout(self._definition.lease_ms / 3000):
-                    await self._renew_now.wait()
-            except TimeoutError:
-                pass
-            self._renew_now.clear()
-            partitions = {self._database.site_of(session) for session, _ in self._works}
-            await asyncio.gather(*map(self._renew_in, partitions))
-
-    async def _renew_in(self, partition: Partition) -> None:
-        try:
-            await partition.client.commit([Renew(self._holder, self._definition.lease_ms)])
-        except FencedError:
-            logger.warning("the lease of %s has ended; what ran here is dropped", self._holder)
-            for (session, _), work in list(self._works.items()):
-                if self._database.site_of(session) is partition:
-                    work.stop("fenced", "the claim was lost")
-        except AidbError as error:
-            logger.warning("a lease could not be renewed: %s", error)
-
-    # Parking.
-
-    def _park(self, place: Place) -> None:
+    def _park(self, place: Place, recorded_at: int) -> None:
         """Leave a row until somebody writes it."""
-        if place in self._parked:
-            self._queue.rest(place)
-            return
-        if len(self._parked) >= MAX_PARKED:
-            self._queue.rest(place, until_ms=now_ms() + 60_000)
-            return
-        logger.warning("%r was left in the middle; a person decides what becomes of it", place[1])
-        self._queue.rest(place)
-        session, key = place
-        wanted = Filter(self._definition.source.name, session, where=(("id", (key,)),))
-        partition = self._database.site_of(session)
-        hear = partial(self._hear_parked, place)
-        self._parked[place] = View(
-            partition.client, partition.writes, wanted, hear, shows_writes=False
-        )
+        is_followed = self._parked.add(place, recorded_at)
+        self._queue.rest(place, until_ms=None if is_followed else now_ms() + UNFOLLOWED_PAUSE_MS)
 
-    def _hear_parked(self, place: Place, events: Sequence[RowEvent]) -> None:
-        _, recorded_at = self._records.get(place, (None, 0))
-        for event in events:
-            if event.row is not None and event.row.revision <= recorded_at:
-                continue
-            view = self._parked.pop(place, None)
-            if view is not None:
-                view.close()
-            self._queue.wake(place, now_ms=now_ms())
+    def _unpark(self, place: Place) -> None:
+        self._queue.wake(place, now_ms=now_ms())
         self._dispatch()
 
     # Ending.
@@ -611,7 +493,8 @@ class EffectLoop:
         self._is_closing = True
         if self._timer is not None:
             self._timer.cancel()
-        for view in (*self._views, *self._parked.values()):
+        self._parked.close()
+        for view in self._views:
             view.close()
         for partition, subscription in self._subscriptions:
             partition.client.feed.unsubscribe(subscription)
@@ -629,9 +512,7 @@ class EffectLoop:
                 task.cancel()
             if running:
                 await asyncio.wait(running)
-        if self._renewing is not None:
-            self._renewing.cancel()
-            await asyncio.wait([self._renewing])
+        await self._renewal.aclose()
 
 
 def _in_doubt() -> ToolError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import cast
 from zlib import crc32
 
 import msgspec
@@ -21,7 +21,6 @@ from aidb_ray.store.changes import (
     Committed,
     Delete,
     Disown,
-    Held,
     Insert,
     Mutation,
     Refusal,
@@ -32,22 +31,16 @@ from aidb_ray.store.changes import (
     Update,
     encode,
 )
+from aidb_ray.store.claim_plan import Claiming, ClaimPlan, Ends
 from aidb_ray.store.claims import (
-    CLAIMS,
     LOG_TICKS_MS,
-    ClaimRecord,
-    Lease,
-    Place,
     RunnerEpochs,
-    claim_key,
-    decode_claim,
 )
 from aidb_ray.store.columns import EMPTY
 from aidb_ray.store.tables import (
     APPEND,
     CLIENTS,
     EPOCHS,
-    HOLDERS,
     LEASES,
     PUT,
     REMOVE,
@@ -56,40 +49,13 @@ from aidb_ray.store.tables import (
     ClientRecord,
     Entry,
     LogColumns,
-    SessionRows,
+    RowEnd,
     Tables,
+    Where,
 )
-
-Where: TypeAlias = tuple[str, str, str]
-"""(session, collection, key)"""
 
 _UNKNOWN = StoredRow(-1, b"")
 _OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown})
-
-
-class _End:
-    """A row as a commit found it and as it leaves it."""
-
-    __slots__ = ("after", "before", "home")
-
-    def __init__(self, home: SessionRows, row: StoredRow | None) -> None:
-        self.home = home
-        self.before = row
-        self.after = row
-
-
-class _Claiming:
-    """What one commit does to claims and leases, until it is accepted."""
-
-    __slots__ = ("disowned", "holds", "leases", "token")
-
-    def __init__(self, token: int = 0) -> None:
-        # Of the claim under which the commit is made.
-        self.token = token
-        # Of each place: who held it before, and the holder and token from now on.
-        self.holds: list[tuple[Place, str | None, tuple[str, int] | None]] = []
-        self.leases: dict[str, Lease] = {}
-        self.disowned: list[str] = []
 
 
 class Plan:
@@ -111,8 +77,7 @@ class Plan:
         self._epoch = epoch
         self._overlay: dict[Where, StoredRow | None] = {}
         self._streams: dict[tuple[str, str], tuple[int, str]] = {}
-        self._claims: dict[str, dict[Place, int]] = {}
-        self._leases: dict[str, Lease | None] = {}
+        self._claims = ClaimPlan(tables, self._look, self._put_system)
         self._chunk_count = 0
         self.first_revision = tables.revision + 1
         self.revision = tables.revision
@@ -177,16 +142,11 @@ class Plan:
     def end_leases(self) -> None:
         """End the leases whose time is over, unless they were renewed in this plan."""
         leases = self._tables.leases
-        claiming = _Claiming()
-        ends: dict[Where, _End] = {}
-        for holder in leases.expired():
-            lease = self._lease_of(holder)
-            if lease is not None and lease.ends_at_ms <= leases.now_ms:
-                self._disown(holder, ends, claiming)
+        ends, claiming = self._claims.disown_expired(self.revision + 1)
         if claiming.disowned:
             self.revision += 1
             self._accept_rows(self.revision, ends)
-            self._accept_claims(self.revision, claiming)
+            self._claims.accept(self.revision, claiming)
         if leases.holders and leases.now_ms - leases.logged_ms >= LOG_TICKS_MS:
             self._put_system(self.revision, LEASES, "now", encode(leases.now_ms))
 
@@ -201,14 +161,14 @@ class Plan:
 
     def _add_commit(self, commit: Commit, chunks: ChunkColumns) -> Refusal | None:
         revision = self.revision + 1
-        ends: dict[Where, _End] = {}
+        ends: Ends = {}
         streams: dict[tuple[str, str], tuple[int, str]] = {}
         claims: list[ClaimBuckets] = []
         runner, held = commit.runner, commit.held
-        claiming: _Claiming | None = None
+        claiming: Claiming | None = None
         if held is not None:
-            claiming = _Claiming(held.token)
-            refusal = self._check_held(held, ends)
+            claiming = Claiming(held.token)
+            refusal = self._claims.check_held(held, ends)
             if refusal is not None:
                 return refusal
         for mutation in commit.mutations:
@@ -221,6 +181,11 @@ class Plan:
             # Most are inserts and updates, and of those there are many.
             if kind is Insert or kind is Update:
                 refusal = self._plan_row(cast("Insert | Update", mutation), revision, ends)
+            elif isinstance(mutation, Delete):
+                refusal = self._plan_row(mutation, revision, ends)
+                if refusal is None:
+                    claiming = claiming or Claiming()
+                    self._claims.forget(mutation, ends, claiming)
             elif isinstance(mutation, Append):
                 refusal = self._plan_append(mutation, chunks, streams)
             elif isinstance(mutation, ClaimBuckets):
@@ -228,8 +193,9 @@ class Plan:
                     return Refusal("invalid_buckets")
                 claims.append(mutation)
             else:
-                claiming = claiming or _Claiming()
-                refusal = self._plan_other(mutation, revision, ends, claiming)
+                claiming = claiming or Claiming()
+                of_claims = cast("Claim | Release | Renew | Disown", mutation)
+                refusal = self._claims.plan(of_claims, revision, ends, claiming)
             if refusal is not None:
                 return refusal
         self.revision = revision
@@ -240,32 +206,11 @@ class Plan:
         for claim in claims:
             self._claim(claim, revision)
         if claiming is not None:
-            self._accept_claims(revision, claiming)
+            self._claims.accept(revision, claiming)
         return None
 
-    def _plan_other(
-        self,
-        mutation: Mutation,
-        revision: int,
-        ends: dict[Where, _End],
-        claiming: _Claiming,
-    ) -> Refusal | None:
-        """Plan what has to do with claims."""
-        match mutation:
-            case Delete():
-                refusal = self._plan_row(mutation, revision, ends)
-                if refusal is None:
-                    self._forget_claim(mutation, ends, claiming)
-                return refusal
-            case Claim() | Release():
-                return self._plan_claim(mutation, revision, ends, claiming)
-            case Renew() | Disown():
-                return self._plan_lease(mutation, ends, claiming)
-            case _:
-                raise AssertionError(mutation)
-
     def _plan_row(
-        self, mutation: Insert | Update | Delete, revision: int, ends: dict[Where, _End]
+        self, mutation: Insert | Update | Delete, revision: int, ends: Ends
     ) -> Refusal | None:
         where = (mutation.session, mutation.collection, mutation.key)
         end = ends.get(where)
@@ -293,14 +238,14 @@ class Plan:
         end.after = StoredRow(revision, value)
         return None
 
-    def _look(self, where: Where) -> _End:
+    def _look(self, where: Where) -> RowEnd:
         session, collection, key = where
         home = self._tables.session(session)
         row = self._overlay.get(where, _UNKNOWN)
         if row is _UNKNOWN:
             rows = home.collections.get(collection)
             row = None if rows is None else rows.get(key)
-        return _End(home, row)
+        return RowEnd(home, row)
 
     def _plan_append(
         self,
@@ -340,167 +285,6 @@ class Plan:
         resource = f"{runner.agent} in {session}"
         return Refusal("fenced", key=resource, expected=current, got=runner.epoch)
 
-    # Claims of rows.
-
-    def _claim_end(self, place: Place, ends: dict[Where, _End]) -> _End:
-        where = (place[0], CLAIMS, claim_key(place[1], place[2]))
-        end = ends.get(where)
-        if end is None:
-            end = ends[where] = self._look(where)
-        return end
-
-    def _check_held(self, held: Held, ends: dict[Where, _End]) -> Refusal | None:
-        end = self._claim_end((held.session, held.collection, held.key), ends)
-        record = None if end.after is None else decode_claim(end.after.value)
-        if record is not None and record.state == "held" and record.token == held.token:
-            return None
-        return _stale(held, record)
-
-    def _plan_claim(
-        self,
-        mutation: Claim | Release,
-        revision: int,
-        ends: dict[Where, _End],
-        claiming: _Claiming,
-    ) -> Refusal | None:
-        place = (mutation.session, mutation.collection, mutation.key)
-        end = self._claim_end(place, ends)
-        record = None if end.after is None else decode_claim(end.after.value)
-        if isinstance(mutation, Claim) and record is not None and record.token == claiming.token:
-            # Its own claim, which the commit's `held` has shown to be current.
-            taken = msgspec.structs.replace(record, note=mutation.note)
-        elif isinstance(mutation, Claim):
-            refusal = self._plan_taking(mutation, end.after, record, revision, ends)
-            if refusal is not None:
-                return refusal
-            known = record or ClaimRecord(mutation.collection, mutation.key)
-            taken = msgspec.structs.replace(
-                known,
-                effect=mutation.effect,
-                holder=mutation.holder,
-                token=revision,
-                attempt=known.attempt + 1,
-                state="held",
-                note=mutation.note,
-            )
-            claiming.holds.append((place, None, (mutation.holder, revision)))
-            now_ms = self._tables.leases.now_ms
-            claiming.leases[mutation.holder] = Lease(now_ms, mutation.lease_ms)
-        elif record is None or record.token != mutation.token:
-            return _stale(mutation, record)
-        elif record.state != "held":
-            return None if record.state == mutation.state else _stale(mutation, record)
-        else:
-            taken = msgspec.structs.replace(
-                record,
-                holder="",
-                state=mutation.state,
-                orphaned=record.orphaned + (mutation.state == "orphan"),
-            )
-            claiming.holds.append((place, record.holder, None))
-        end.after = StoredRow(revision, taken.encode())
-        return None
-
-    def _plan_taking(
-        self,
-        wanted: Claim,
-        stored: StoredRow | None,
-        record: ClaimRecord | None,
-        revision: int,
-        ends: dict[Where, _End],
-    ) -> Refusal | None:
-        where = (wanted.session, wanted.collection, wanted.key)
-        if where[0] == SYSTEM or where[1].startswith("~"):
-            return Refusal("reserved_name", wanted.collection, wanted.key)
-        row = (ends.get(where) or self._look(where)).after
-        if row is None:
-            return Refusal("missing", wanted.collection, wanted.key)
-        if wanted.base not in (row.revision, 0) and row.revision != revision:
-            return Refusal("conflict", wanted.collection, wanted.key, row.value, row.revision)
-        if record is not None and record.state == "held":
-            return Refusal("claimed", wanted.collection, wanted.key, expected=record.token)
-        if (
-            stored is not None
-            and record is not None
-            and wanted.attempts not in (-1, record.attempt)
-        ):
-            return Refusal(
-                "claim_changed", wanted.collection, wanted.key, stored.value, stored.revision
-            )
-        return None
-
-    def _plan_lease(
-        self, mutation: Renew | Disown, ends: dict[Where, _End], claiming: _Claiming
-    ) -> Refusal | None:
-        holder = mutation.holder
-        if isinstance(mutation, Disown):
-            for each in self._holders_like(holder):
-                self._disown(each, ends, claiming)
-        elif self._lease_of(holder) is None and holder not in claiming.leases:
-            return Refusal("unknown_holder", key=holder)
-        else:
-            claiming.leases[holder] = Lease(self._tables.leases.now_ms, mutation.lease_ms)
-        return None
-
-    def _disown(self, holder: str, ends: dict[Where, _End], claiming: _Claiming) -> None:
-        """Make orphans of all that a holder has claimed, and end its lease."""
-        claiming.disowned.append(holder)
-        for place in self._claims_of(holder):
-            end = self._claim_end(place, ends)
-            record = None if end.after is None else decode_claim(end.after.value)
-            if record is None or record.holder != holder:
-                # Released or deleted in this very commit.
-                continue
-            orphan = msgspec.structs.replace(
-                record, holder="", state="orphan", orphaned=record.orphaned + 1
-            )
-            end.after = StoredRow(self.revision + 1, orphan.encode())
-            claiming.holds.append((place, holder, None))
-
-    def _forget_claim(self, deleted: Delete, ends: dict[Where, _End], claiming: _Claiming) -> None:
-        place = (deleted.session, deleted.collection, deleted.key)
-        end = self._claim_end(place, ends)
-        if end.after is not None:
-            record = decode_claim(end.after.value)
-            if record.state == "held":
-                claiming.holds.append((place, record.holder, None))
-            end.after = None
-
-    def _claims_of(self, holder: str) -> dict[Place, int]:
-        claims = self._claims.get(holder)
-        if claims is None:
-            claims = self._claims[holder] = dict(self._tables.leases.claims_of(holder))
-        return claims
-
-    def _holders_like(self, prefix: str) -> list[str]:
-        known = {**self._tables.leases.holders, **self._leases}
-        return [name for name, lease in known.items() if lease and name.startswith(prefix)]
-
-    def _lease_of(self, holder: str) -> Lease | None:
-        if holder in self._leases:
-            return self._leases[holder]
-        return self._tables.leases.holders.get(holder)
-
-    def _accept_claims(self, revision: int, claiming: _Claiming) -> None:
-        for place, before, held in claiming.holds:
-            key = "\0".join(place)
-            if before is not None:
-                self._claims_of(before).pop(place, None)
-            if held is None:
-                self._put_system(revision, CLAIMS, key, None)
-            else:
-                holder, token = held
-                self._claims_of(holder)[place] = token
-                self._put_system(revision, CLAIMS, key, encode(held))
-        for holder, lease in claiming.leases.items():
-            if lease != self._lease_of(holder):
-                self._leases[holder] = lease
-                self._put_system(revision, HOLDERS, holder, encode(lease))
-        for holder in claiming.disowned:
-            if self._lease_of(holder) is not None:
-                self._leases[holder] = None
-                self._put_system(revision, HOLDERS, holder, None)
-
     def _put_system(self, revision: int, collection: str, key: str, value: bytes | None) -> None:
         row = None if value is None else StoredRow(revision, value)
         self._write(revision, REMOVE if row is None else PUT, SYSTEM, collection, key, value)
@@ -520,7 +304,7 @@ class Plan:
             append = Appended(mutation, chunks, start)
             self.entries.append(Entry(revision, home, CHUNKS, key, None, None, append))
 
-    def _accept_rows(self, revision: int, ends: dict[Where, _End]) -> None:
+    def _accept_rows(self, revision: int, ends: Ends) -> None:
         for where, end in ends.items():
             before, after = end.before, end.after
             if before is after:
@@ -556,8 +340,3 @@ class Plan:
         log.collections.append(collection)
         log.keys.append(key)
         log.values.append(value)
-
-
-def _stale(wanted: Held | Release, record: ClaimRecord | None) -> Refusal:
-    current = 0 if record is None or record.state != "held" else record.token
-    return Refusal("stale_claim", wanted.collection, wanted.key, expected=current, got=wanted.token)

@@ -42,6 +42,9 @@ _MAX_STEPS = 4_096
 SessionRow: TypeAlias = tuple[str, str, int, bytes]
 """A row as a snapshot keeps it: (collection, key, revision, value)."""
 
+Where: TypeAlias = tuple[str, str, str]
+"""(session, collection, key)"""
+
 Load: TypeAlias = Callable[[str], Sequence[SessionRow]]
 
 
@@ -201,6 +204,17 @@ class Entry:
 
 _decode_held = msgspec.msgpack.Decoder(tuple[str, int]).decode
 _decode_lease = msgspec.msgpack.Decoder(Lease).decode
+
+
+class RowEnd:
+    """A row as a commit found it and as it leaves it."""
+
+    __slots__ = ("after", "before", "home")
+
+    def __init__(self, home: SessionRows, row: StoredRow | None) -> None:
+        self.home = home
+        self.before = row
+        self.after = row
 
 
 class LogColumns(NamedTuple):

@@ -64,6 +64,7 @@ PURE = {
     "query.shapes",
     "query.shown",
     "store.changes",
+    "store.claim_plan",
     "store.claims",
     "store.json_values",
     "store.replication",
