@@ -16,6 +16,7 @@ from aidb_ray.agents.assignment import Assignment, Shard
 from aidb_ray.agents.calls import are_asking, is_deferred, standings
 from aidb_ray.agents.cancels import CancelOrder, CancelOrders
 from aidb_ray.agents.definition import AgentDefinition
+from aidb_ray.agents.groups import RowGroups
 from aidb_ray.agents.parking import Parking
 from aidb_ray.agents.recorder import SilenceLimit
 from aidb_ray.agents.rows import (
@@ -34,8 +35,6 @@ from aidb_ray.contracts import CancelRequest, ToolCallStatus
 from aidb_ray.database import Database, Partition
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.errors import AidbError, FencedError, UnavailableError
-from aidb_ray.query.live import decoder_of, filter_of, to_changes
-from aidb_ray.query.operators import Pipeline
 from aidb_ray.store.changes import Change, Filter, FoundRow, Runner, Update
 from aidb_ray.store.local import RowEvent, View
 from aidb_ray.store.rows import codec_of
@@ -108,9 +107,7 @@ class PartitionWork:
             lambda: SessionState(definition.name, self.shard.delegates),
             has_messages=not definition.is_raw,
         )
-        # Of a `pending_work`: the group of each row and the row, and where a group's rows lie.
-        self._pending_rows: dict[tuple[str, str], tuple[str, Any]] = {}
-        self._storage: dict[str, str] = {}
+        self._groups = RowGroups(definition.pending_work, definition.session)
         self._runs: dict[str, _Worker] = {}
         self._cancels = CancelOrders()
         self._parking = Parking()
@@ -228,11 +225,7 @@ class PartitionWork:
         return message.request_id is not None and message.target_agent == self._definition.name
 
     def _follow_query(self) -> None:
-        query = self._definition.pending_work
-        assert query is not None
-        self._pipeline: Pipeline[Any] = Pipeline(query, decoder_of=decoder_of)
-        (source,) = self._pipeline.inputs
-        wanted = filter_of(source)
+        wanted = self._groups.wanted
         if wanted.session is None:
             wanted = msgspec.structs.replace(wanted, buckets=self._buckets)
         self.shard.view = View(
@@ -240,20 +233,13 @@ class PartitionWork:
         )
 
     def _hear_query(self, events: Sequence[RowEvent]) -> None:
-        (source,) = self._pipeline.inputs
-        changes = to_changes([source.name], source.source, events)
-        for delta in self._pipeline.advance(changes):
-            place = storage, key = delta.key
-            known = self._pending_rows.pop(place, None)
-            group = None if delta.op == "exit" else self._group_of(delta.row, storage)
-            if known is not None and known[0] != group:
-                self._discard(known[0], key)
-            if group is not None:
-                self._pending_rows[place] = (group, delta.row)
-                self._storage[group] = storage
-                self.queue.put(group, key)
+        for key, left, joined in self._groups.advance(events):
+            if left is not None and left != joined:
+                self._discard(left, key)
+            if joined is not None:
+                self.queue.put(joined, key)
                 if not self._is_started:
-                    self._leftovers.add(group)
+                    self._leftovers.add(joined)
         self._dispatch()
 
     def _discard(self, session: str, key: str) -> None:
@@ -269,19 +255,6 @@ class PartitionWork:
             if session in self._begun:
                 self._orphans[session] = self._begun[session]
             self._begin(session)
-
-    def _group_of(self, row: Any, storage: str) -> str | None:
-        """Return which rows are answered one after the other, and together if several wait."""
-        by = self._definition.session
-        if by is None:
-            return storage
-        try:
-            group = str(by(row))
-        except Exception:
-            logger.exception("`session` failed; the row is left alone", extra={"session": storage})
-            return None
-        # Rows of two sessions are never answered together.
-        return group if self._storage.get(group, storage) == storage else f"{group} in {storage}"
 
     def _see_cancels(self, rows: Sequence[FoundRow], _revision: int) -> None:
         for row in rows:
@@ -327,7 +300,7 @@ class PartitionWork:
     def _hear_calls(self, changes: Sequence[Change]) -> None:
         for change in changes:
             # Of a `session=`, which group waits for it only its rows can tell.
-            for session in self._sessions_in(change.session):
+            for session in self._groups.of(change.session):
                 self._hear_for(session, change.revision)
         self._dispatch()
 
@@ -335,11 +308,6 @@ class PartitionWork:
         for session in [*self._runs, *self._parking.sessions]:
             self._hear_for(session, revision)
         self._dispatch()
-
-    def _sessions_in(self, storage: str) -> list[str]:
-        if self._definition.session is None:
-            return [storage]
-        return [session for session, at in self._storage.items() if at == storage]
 
     def _hear_for(self, session: str, revision: int) -> None:
         """Have a session look at its rows again, now or when its run would leave it waiting."""
@@ -368,7 +336,7 @@ class PartitionWork:
             if self._definition.session is not None:
                 # Of which group its rows were, only they can tell.
                 session = generation.id
-                self._storage[session] = row.session
+                self._groups.add(session, row.session)
                 self._orphans[session] = generation.id
             # One that is at work there ends it before anything else.
             if self.queue.seize(session):
@@ -380,7 +348,7 @@ class PartitionWork:
         if not self._definition.is_raw:
             waiting = self.queue.keys(storage)
             return not set(waiting).isdisjoint(generation.message_ids)
-        return any((storage, key) in self._pending_rows for key in generation.message_ids)
+        return any(self._groups.row(storage, key) is not None for key in generation.message_ids)
 
     # Working.
 
@@ -435,7 +403,7 @@ class PartitionWork:
             self._parking.forget(session)
             self.queue.done(session, now_ms=now_ms())
             if not self.queue.keys(session):
-                self._storage.pop(session, None)
+                self._groups.forget(session)
                 self._begun.pop(session, None)
                 self._orphans.pop(session, None)
             self._dispatch()
@@ -449,7 +417,7 @@ class PartitionWork:
         self._states.forget(session)
 
     async def _run_generation(self, session: str) -> None:
-        storage = self._storage.get(session, session)
+        storage = self._groups.storage_of(session)
         state = await self._states.get(session, storage)
         if any(not self._is_known(key, state) for key in self.queue.keys(session)):
             # The feed tells of messages that are not among the rows: those were read too early.
@@ -476,7 +444,7 @@ class PartitionWork:
             # Both may be what ends the process. The other one has its turn until a round is done.
             self.queue.rest(session, until_ms=now_ms() + TURN_PAUSE_MS)
             return
-        rows = [self._pending_rows[storage, key][1] for key in keys if self._pending_rows]
+        rows = [self._groups.row(storage, key) for key in keys] if self._definition.is_raw else []
         is_leftover = session in self._leftovers
         run = GenerationRun(
             self.shard,
@@ -494,7 +462,7 @@ class PartitionWork:
         # of a `pending_work` that changed meanwhile waits anew.
         taken = dict(zip(keys, rows, strict=True)) if rows else {}
         for key in run.answered:
-            if not rows or self._pending_rows.get((storage, key), ("", None))[1] is taken.get(key):
+            if not rows or self._groups.row(storage, key) is taken.get(key):
                 self.queue.discard(session, key)
 
     async def _run(self, session: str, run: GenerationRun, state: SessionState) -> bool:
@@ -628,7 +596,7 @@ class PartitionWork:
         try:
             # What was not heard yet would not be cancelled.
             await self._heard_rows()
-            for session in self._sessions_in(storage):
+            for session in self._groups.of(storage):
                 order = CancelOrder(request.reason or "cancelled", revision, request.message_id)
                 await self._cancel_session(session, order)
             if self._fenced is not None:
@@ -664,7 +632,7 @@ class PartitionWork:
     def _cancel_run(self, session: str, run: GenerationRun | None, order: CancelOrder) -> None:
         # One that still reads its rows looks for orders when it has them.
         state = self._states.find(session)
-        storage = self._storage.get(session, session)
+        storage = self._groups.storage_of(session)
         if run is not None and (
             state is None or self._covers([order], run.answered, storage, state)
         ):
@@ -739,9 +707,8 @@ class PartitionWork:
 
     def has_pending(self, session: str) -> bool:
         """Whether rows of a session, or of a group of rows, wait or are being answered."""
-        if self.queue.keys(session):
-            return True
-        return any(at == session and self.queue.keys(group) for group, at in self._storage.items())
+        groups = [session, *self._groups.of(session)]
+        return any(self.queue.keys(group) for group in groups)
 
     def _raise_if_fenced(self) -> None:
         if self._fenced is not None:
