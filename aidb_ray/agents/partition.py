@@ -14,7 +14,9 @@ import msgspec
 from aidb_ray.agents import cycle
 from aidb_ray.agents.assignment import Assignment, Shard
 from aidb_ray.agents.calls import are_asking, is_deferred, standings
+from aidb_ray.agents.cancels import CancelOrder, CancelOrders
 from aidb_ray.agents.definition import AgentDefinition
+from aidb_ray.agents.groups import RowGroups
 from aidb_ray.agents.parking import Parking
 from aidb_ray.agents.recorder import SilenceLimit
 from aidb_ray.agents.rows import (
@@ -26,14 +28,13 @@ from aidb_ray.agents.rows import (
     time_ms,
 )
 from aidb_ray.agents.run import GenerationRun
-from aidb_ray.agents.session import COLLECTIONS, SessionState
+from aidb_ray.agents.session import SessionState
+from aidb_ray.agents.states import StateCache
 from aidb_ray.chunks import ChunkFlusher
 from aidb_ray.contracts import CancelRequest, ToolCallStatus
 from aidb_ray.database import Database, Partition
 from aidb_ray.effects.pending import PendingWork
 from aidb_ray.errors import AidbError, FencedError, UnavailableError
-from aidb_ray.query.live import decoder_of, filter_of, to_changes
-from aidb_ray.query.operators import Pipeline
 from aidb_ray.store.changes import Change, Filter, FoundRow, Runner, Update
 from aidb_ray.store.local import RowEvent, View
 from aidb_ray.store.rows import codec_of
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 256 << 20
 FAILURE_PAUSE_MS = 1_000
 LONGEST_FAILURE_PAUSE_MS = 60_000
 TURN_PAUSE_MS = 500
@@ -57,19 +57,6 @@ class _Worker:
 
     task: asyncio.Task[bool]
     run: GenerationRun | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _CancelOrder:
-    """A cancel that is being carried out.
-
-    It covers what was written before `revision`, or only what answers the message `message_id`.
-    """
-
-    reason: str
-    revision: int
-    message_id: str | None = None
-    is_done: bool = False
 
 
 @dataclass(slots=True)
@@ -115,14 +102,14 @@ class PartitionWork:
         self._fenced: FencedError | None = None
         self._drains = 0
         self._context = copy_context()
-        self._states: dict[str, SessionState] = {}
-        self._state_bytes = 0
-        # Of a `pending_work`: the group of each row and the row, and where a group's rows lie.
-        self._pending_rows: dict[tuple[str, str], tuple[str, Any]] = {}
-        self._storage: dict[str, str] = {}
+        self._states = StateCache(
+            self._client,
+            lambda: SessionState(definition.name, self.shard.delegates),
+            has_messages=not definition.is_raw,
+        )
+        self._groups = RowGroups(definition.pending_work, definition.session)
         self._runs: dict[str, _Worker] = {}
-        self._cancels: dict[str, list[_CancelOrder]] = {}
-        self._cancelling: set[str] = set()
+        self._cancels = CancelOrders()
         self._parking = Parking()
         # The sessions whose rows waited when the process began, until one has been answered.
         self._leftovers: set[str] = set()
@@ -200,7 +187,6 @@ class PartitionWork:
     def _see_messages(self, rows: Sequence[FoundRow], revision: int) -> None:
         # The rows as they are now, at first and after a gap: what is cached may be old.
         self._states.clear()
-        self._state_bytes = 0
         entries: list[tuple[str, str, int]] = []
         self._leftovers.update(row.session for row in rows)
         for row in rows:
@@ -216,7 +202,7 @@ class PartitionWork:
         queue, states, delegates = self.queue, self._states, self.shard.delegates
         for change in changes:
             session, key, value = change.session, change.key, change.value
-            state = states.get(session)
+            state = states.find(session)
             if state is not None:
                 state.put_message(key, change.revision, value)
             message = None if value is None else _parse_message(value)
@@ -239,11 +225,7 @@ class PartitionWork:
         return message.request_id is not None and message.target_agent == self._definition.name
 
     def _follow_query(self) -> None:
-        query = self._definition.pending_work
-        assert query is not None
-        self._pipeline: Pipeline[Any] = Pipeline(query, decoder_of=decoder_of)
-        (source,) = self._pipeline.inputs
-        wanted = filter_of(source)
+        wanted = self._groups.wanted
         if wanted.session is None:
             wanted = msgspec.structs.replace(wanted, buckets=self._buckets)
         self.shard.view = View(
@@ -251,20 +233,13 @@ class PartitionWork:
         )
 
     def _hear_query(self, events: Sequence[RowEvent]) -> None:
-        (source,) = self._pipeline.inputs
-        changes = to_changes([source.name], source.source, events)
-        for delta in self._pipeline.advance(changes):
-            place = storage, key = delta.key
-            known = self._pending_rows.pop(place, None)
-            group = None if delta.op == "exit" else self._group_of(delta.row, storage)
-            if known is not None and known[0] != group:
-                self._discard(known[0], key)
-            if group is not None:
-                self._pending_rows[place] = (group, delta.row)
-                self._storage[group] = storage
-                self.queue.put(group, key)
+        for key, left, joined in self._groups.advance(events):
+            if left is not None and left != joined:
+                self._discard(left, key)
+            if joined is not None:
+                self.queue.put(joined, key)
                 if not self._is_started:
-                    self._leftovers.add(group)
+                    self._leftovers.add(joined)
         self._dispatch()
 
     def _discard(self, session: str, key: str) -> None:
@@ -281,19 +256,6 @@ class PartitionWork:
                 self._orphans[session] = self._begun[session]
             self._begin(session)
 
-    def _group_of(self, row: Any, storage: str) -> str | None:
-        """Return which rows are answered one after the other, and together if several wait."""
-        by = self._definition.session
-        if by is None:
-            return storage
-        try:
-            group = str(by(row))
-        except Exception:
-            logger.exception("`session` failed; the row is left alone", extra={"session": storage})
-            return None
-        # Rows of two sessions are never answered together.
-        return group if self._storage.get(group, storage) == storage else f"{group} in {storage}"
-
     def _see_cancels(self, rows: Sequence[FoundRow], _revision: int) -> None:
         for row in rows:
             self._cancel(row.session, row.value, row.revision)
@@ -306,8 +268,7 @@ class PartitionWork:
     def _cancel(self, storage: str, value: bytes, revision: int) -> None:
         request = CancelRequest.model_validate_json(value)
         is_mine = request.agent == self._definition.name and not request.done
-        if is_mine and request.id not in self._cancelling:
-            self._cancelling.add(request.id)
+        if is_mine and self._cancels.begin(request.id):
             self._spawn(self._carry_out_cancel(storage, request, revision))
 
     def _follow_calls(self) -> None:
@@ -339,7 +300,7 @@ class PartitionWork:
     def _hear_calls(self, changes: Sequence[Change]) -> None:
         for change in changes:
             # Of a `session=`, which group waits for it only its rows can tell.
-            for session in self._sessions_in(change.session):
+            for session in self._groups.of(change.session):
                 self._hear_for(session, change.revision)
         self._dispatch()
 
@@ -347,11 +308,6 @@ class PartitionWork:
         for session in [*self._runs, *self._parking.sessions]:
             self._hear_for(session, revision)
         self._dispatch()
-
-    def _sessions_in(self, storage: str) -> list[str]:
-        if self._definition.session is None:
-            return [storage]
-        return [session for session, at in self._storage.items() if at == storage]
 
     def _hear_for(self, session: str, revision: int) -> None:
         """Have a session look at its rows again, now or when its run would leave it waiting."""
@@ -380,19 +336,19 @@ class PartitionWork:
             if self._definition.session is not None:
                 # Of which group its rows were, only they can tell.
                 session = generation.id
-                self._storage[session] = row.session
+                self._groups.add(session, row.session)
                 self._orphans[session] = generation.id
             # One that is at work there ends it before anything else.
             if self.queue.seize(session):
                 await asyncio.wait([self._begin(session)])
             if self._orphans.pop(session, None) is not None:
-                self._forget(session)
+                self._states.forget(session)
 
     def _is_waited_for(self, storage: str, generation: GenerationRow) -> bool:
-        if self._definition.pending_work is None:
+        if not self._definition.is_raw:
             waiting = self.queue.keys(storage)
             return not set(waiting).isdisjoint(generation.message_ids)
-        return any((storage, key) in self._pending_rows for key in generation.message_ids)
+        return any(self._groups.row(storage, key) is not None for key in generation.message_ids)
 
     # Working.
 
@@ -430,7 +386,7 @@ class PartitionWork:
         except FencedError as error:
             self._stop_when_fenced(error)
         except asyncio.CancelledError:
-            self._forget(session)
+            self._states.forget(session)
             raise
         except UnavailableError:
             logger.exception("the store does not answer; the session is tried again")
@@ -447,7 +403,7 @@ class PartitionWork:
             self._parking.forget(session)
             self.queue.done(session, now_ms=now_ms())
             if not self.queue.keys(session):
-                self._storage.pop(session, None)
+                self._groups.forget(session)
                 self._begun.pop(session, None)
                 self._orphans.pop(session, None)
             self._dispatch()
@@ -458,18 +414,18 @@ class PartitionWork:
         failures = self._failures[session] = self._failures.get(session, 0) + 1
         pause_ms = min(FAILURE_PAUSE_MS << min(failures - 1, 16), LONGEST_FAILURE_PAUSE_MS)
         self.queue.rest(session, until_ms=now_ms() + pause_ms)
-        self._forget(session)
+        self._states.forget(session)
 
     async def _run_generation(self, session: str) -> None:
-        storage = self._storage.get(session, session)
-        state = await self._state_of(session, storage)
+        storage = self._groups.storage_of(session)
+        state = await self._states.get(session, storage)
         if any(not self._is_known(key, state) for key in self.queue.keys(session)):
             # The feed tells of messages that are not among the rows: those were read too early.
-            self._forget(session)
-            state = await self._state_of(session, storage)
+            self._states.forget(session)
+            state = await self._states.get(session, storage)
         found = self._open_generation(session, state)
         is_interrupted = await self._is_interrupted(found, state, storage)
-        orders = [order for order in self._cancels.get(session, ()) if not order.is_done]
+        orders = self._cancels.open(session)
         if orders:
             keys, found = self._to_cancel(session, storage, state, found, orders)
             if not keys and found is None:
@@ -488,7 +444,7 @@ class PartitionWork:
             # Both may be what ends the process. The other one has its turn until a round is done.
             self.queue.rest(session, until_ms=now_ms() + TURN_PAUSE_MS)
             return
-        rows = [self._pending_rows[storage, key][1] for key in keys if self._pending_rows]
+        rows = [self._groups.row(storage, key) for key in keys] if self._definition.is_raw else []
         is_leftover = session in self._leftovers
         run = GenerationRun(
             self.shard,
@@ -506,7 +462,7 @@ class PartitionWork:
         # of a `pending_work` that changed meanwhile waits anew.
         taken = dict(zip(keys, rows, strict=True)) if rows else {}
         for key in run.answered:
-            if not rows or self._pending_rows.get((storage, key), ("", None))[1] is taken.get(key):
+            if not rows or self._groups.row(storage, key) is taken.get(key):
                 self.queue.discard(session, key)
 
     async def _run(self, session: str, run: GenerationRun, state: SessionState) -> bool:
@@ -518,7 +474,7 @@ class PartitionWork:
             outcome = await run.run()
         finally:
             self.shard.running -= 1
-            self._bound_states(size_before, state)
+            self._states.bound(state.size - size_before, self._runs)
             if self._suspects.run is run:
                 self._suspects.run = None
             if self._definition.session is not None and run.generation_id:
@@ -527,7 +483,7 @@ class PartitionWork:
             self._begun.pop(session, None)
             return True
         # Its rows are read again when it goes on, be it at once.
-        self._forget(session)
+        self._states.forget(session)
         if outcome != "changed" and not self._parking.has_heard(session, state.revision):
             self._parking.park(session, outcome)
             self.queue.rest(session)
@@ -558,16 +514,16 @@ class PartitionWork:
         """Return what a run answers: of an open generation what is left of its own rows."""
         if found is None:
             return keys
-        if self._definition.pending_work is None:
+        if not self._definition.is_raw:
             return [key for key in found.message_ids if state.is_waiting(key)]
         return [] if set(keys).isdisjoint(found.message_ids) else keys
 
     def _is_known(self, key: str, state: SessionState) -> bool:
-        return self._definition.pending_work is not None or key in state.messages
+        return self._definition.is_raw or key in state.messages
 
     def _waiting(self, session: str, keys: list[str], state: SessionState) -> list[str]:
         """Return which of the keys wait for an answer, oldest first; forget the others."""
-        if self._definition.pending_work is not None:
+        if self._definition.is_raw:
             return keys
         for key in keys:
             if not state.is_waiting(key):
@@ -593,83 +549,38 @@ class PartitionWork:
         storage: str,
         state: SessionState,
         found: GenerationRow | None,
-        orders: Sequence[_CancelOrder],
+        orders: Sequence[CancelOrder],
     ) -> tuple[list[str], GenerationRow | None]:
         """Return the generation that the orders cover, or the waiting keys that they do.
 
         If there are neither, the orders are done. Rows of a `pending_work` that only wait cannot
         be cancelled: they would still match.
         """
-        if found is not None and self._is_any_covered(found.message_ids, storage, state, orders):
+        if found is not None and self._covers(orders, found.message_ids, storage, state):
             return self._keys_to_answer(self.queue.keys(session), found, state), found
         keys: list[str] = []
-        if self._definition.pending_work is None:
+        if not self._definition.is_raw:
             keys = [
                 key
                 for key in self._waiting(session, self.queue.keys(session), state)
-                if self._is_any_covered([key], storage, state, orders)
+                if self._covers(orders, [key], storage, state)
             ]
         if not keys:
             for order in orders:
                 order.is_done = True
         return self._together(keys, state), None
 
-    def _is_any_covered(
-        self,
-        keys: Sequence[str],
-        storage: str,
-        state: SessionState,
-        orders: Sequence[_CancelOrder],
+    def _covers(
+        self, orders: Sequence[CancelOrder], keys: Sequence[str], storage: str, state: SessionState
     ) -> bool:
-        return any(self._is_covered(keys, storage, state, order) for order in orders)
-
-    def _is_covered(
-        self, keys: Sequence[str], storage: str, state: SessionState, order: _CancelOrder
-    ) -> bool:
-        """Whether an order covers any of the rows, or none of them is there any more."""
-        if order.message_id is not None:
-            return order.message_id in keys
-        if self._definition.pending_work is None:
-            known = [state.messages[key].revision for key in keys if key in state.messages]
-        else:
+        """Whether any of the orders covers any of the rows."""
+        if self._definition.is_raw:
             assert self.shard.view is not None
             rows = [self.shard.view.synced.get((storage, key)) for key in keys]
-            known = [row.revision for row in rows if row is not None]
-        return not known or min(known) < order.revision
-
-    async def _state_of(self, session: str, storage: str) -> SessionState:
-        state = self._states.get(session)
-        if state is not None:
-            self._states[session] = self._states.pop(session)
-            return state
-        # Known before it is read: what changes meanwhile must not be missed.
-        state = self._states[session] = SessionState(self._definition.name, self.shard.delegates)
-        try:
-            read = await self._client.read_session(storage, COLLECTIONS)
-        except BaseException:
-            self._forget(session)
-            raise
-        if self._definition.pending_work is None:
-            state.load(read.revision, read.rows)
+            written = [row.revision for row in rows if row is not None]
         else:
-            state.load(read.revision, {**read.rows, "messages": []})
-        self._state_bytes += state.size
-        return state
-
-    def _bound_states(self, size_before: int, state: SessionState) -> None:
-        self._state_bytes += state.size - size_before
-        if self._state_bytes <= CACHE_BYTES:
-            return
-        # The longest unused first; counted afresh, since forgotten ones were not subtracted.
-        self._state_bytes = sum(each.size for each in self._states.values())
-        for session in list(self._states):
-            if self._state_bytes <= CACHE_BYTES:
-                break
-            if session not in self._runs:
-                self._state_bytes -= self._states.pop(session).size
-
-    def _forget(self, session: str) -> None:
-        self._states.pop(session, None)
+            written = [state.messages[key].revision for key in keys if key in state.messages]
+        return any(order.covers(keys, written) for order in orders)
 
     def _stop_when_fenced(self, error: FencedError) -> None:
         if self._fenced is None:
@@ -685,8 +596,8 @@ class PartitionWork:
         try:
             # What was not heard yet would not be cancelled.
             await self._heard_rows()
-            for session in self._sessions_in(storage):
-                order = _CancelOrder(request.reason or "cancelled", revision, request.message_id)
+            for session in self._groups.of(storage):
+                order = CancelOrder(request.reason or "cancelled", revision, request.message_id)
                 await self._cancel_session(session, order)
             if self._fenced is not None:
                 return
@@ -697,12 +608,11 @@ class PartitionWork:
         except AidbError as error:
             logger.warning("a cancel request could not be closed: %s", error)
         finally:
-            self._cancelling.discard(request.id)
+            self._cancels.end(request.id)
 
-    async def _cancel_session(self, session: str, order: _CancelOrder) -> None:
+    async def _cancel_session(self, session: str, order: CancelOrder) -> None:
         """Let the session's worker carry out the order, now or in its next turns."""
-        orders = self._cancels.setdefault(session, [])
-        orders.append(order)
+        self._cancels.add(session, order)
         try:
             while not order.is_done and self._fenced is None:
                 worker = self._runs.get(session)
@@ -717,16 +627,14 @@ class PartitionWork:
                 if task.cancelled() or not task.result():
                     await asyncio.sleep(FAILURE_PAUSE_MS / 1000)
         finally:
-            orders.remove(order)
-            if not orders:
-                del self._cancels[session]
+            self._cancels.remove(session, order)
 
-    def _cancel_run(self, session: str, run: GenerationRun | None, order: _CancelOrder) -> None:
+    def _cancel_run(self, session: str, run: GenerationRun | None, order: CancelOrder) -> None:
         # One that still reads its rows looks for orders when it has them.
-        state = self._states.get(session)
-        storage = self._storage.get(session, session)
+        state = self._states.find(session)
+        storage = self._groups.storage_of(session)
         if run is not None and (
-            state is None or self._is_covered(run.answered, storage, state, order)
+            state is None or self._covers([order], run.answered, storage, state)
         ):
             run.cancel(order.reason)
 
@@ -799,9 +707,8 @@ class PartitionWork:
 
     def has_pending(self, session: str) -> bool:
         """Whether rows of a session, or of a group of rows, wait or are being answered."""
-        if self.queue.keys(session):
-            return True
-        return any(at == session and self.queue.keys(group) for group, at in self._storage.items())
+        groups = [session, *self._groups.of(session)]
+        return any(self.queue.keys(group) for group in groups)
 
     def _raise_if_fenced(self) -> None:
         if self._fenced is not None:

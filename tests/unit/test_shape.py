@@ -39,7 +39,10 @@ UPWARD_BY_DESIGN = {("database", "aidb_ray.agents.agent")}
 
 # They decide; others wait, send and store. Time and randomness reach them as arguments.
 PURE = {
+    "agents.cancels",
     "agents.cycle",
+    "agents.delegation",
+    "agents.parking",
     "effects.outcomes",
     "effects.pending",
     "errors",
