@@ -318,7 +318,7 @@ class Database:
             )
 
         loop = _running_loop()
-        if loop is None or self.is_closed or not isinstance(migrate, Hashable | None):
+        if loop is None or self.is_closed or not _is_hashable(migrate):
             return make()
         shared = self._collections.get(loop)
         if shared is None:
@@ -994,6 +994,11 @@ def _stay() -> None:
 
 def _store_name(database: str, partition: int) -> str:
     return f"aidb/{database}/p{partition}"
+
+
+def _is_hashable(value: object) -> bool:
+    # To a type checker every callable is; an instance of a dataclass is not.
+    return isinstance(value, Hashable)
 
 
 def _check_place(name: str, session: str | None) -> None:
