@@ -280,6 +280,11 @@ class ChunkCollection:
         return ChunkCollection, (self._sites, self.session)
 
     @property
+    def sites(self) -> Sites:
+        """The partitions of its database, as this process reaches them."""
+        return self._sites
+
+    @property
     def site(self) -> Site:
         """The partition that holds them."""
         return self._sites.site_of(self.session)

@@ -76,14 +76,6 @@ def fill(log: CommitLog, count: int, *, chunks: int = 0, value_bytes: int = 40) 
     ]
 
 
-def abandon(log: CommitLog) -> None:
-    """Let go of a log as a killed process would: nothing is noted, the lock is free."""
-    if log._lock is not None:
-        log._writer.close()
-        log._lock.release()
-        log._lock = None
-
-
 def read_back(path: Path, after: int = 0, files: FileSystem | None = None) -> list[int]:
     """Open a store, check every row against its revision, and return the revisions served."""
     log = open_log(path, files)

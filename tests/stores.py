@@ -164,9 +164,8 @@ class Store:
         self._dead.set_result(None)
         self.files.die()
         assert local is not None
+        local.kill()
         tasks = [t for t in (self.actor._flusher, self.actor._opening) if t is not None]
-        for task in [*tasks, *local._calls]:
-            task.cancel()
         await asyncio.gather(*tasks, *local._calls, return_exceptions=True)
 
     async def restart(self) -> None:

@@ -400,6 +400,11 @@ class Agent:
         await self.ready()
         return list(await asyncio.gather(*(_status(ref) for ref in self._refs)))
 
+    async def actors(self) -> list[ActorRef[AgentActor]]:
+        """Return the addresses of the shards, once every one is at work."""
+        await self.ready()
+        return list(self._refs)
+
     async def processes(self) -> list[ProcessInfo]:
         """Return the processes of the shards; those that do not answer are not serving."""
         found: list[ProcessInfo] = []

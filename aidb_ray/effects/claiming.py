@@ -113,6 +113,11 @@ class LeaseRenewal:
         if self._task is None or self._task.done():
             self._task = self._loop.create_task(self._renew())
 
+    def die(self) -> None:
+        """Renew no more, as of now."""
+        if self._task is not None:
+            self._task.cancel()
+
     async def aclose(self) -> None:
         """Renew no more."""
         if self._task is not None:

@@ -69,6 +69,13 @@ class EffectActor:
         assert self._loop is not None
         return self._loop.status
 
+    def die(self) -> None:
+        """Stop everything where it is, as the end of its process does."""
+        if self._starting is not None:
+            self._starting.cancel()
+        if self._loop is not None:
+            self._loop.die()
+
     async def stop(self) -> None:
         """Stop what runs where it is, for others to take over."""
         if self._starting is not None:
@@ -118,6 +125,11 @@ class Effect:
         if self._loop is not None:
             return [self._loop.status]
         return list(await asyncio.gather(*(ref.ask(EffectActor.status) for ref in self._refs)))
+
+    async def actors(self) -> list[ActorRef[EffectActor]]:
+        """Return the addresses of the executors that are actors, once every one works."""
+        await self.ready()
+        return list(self._refs)
 
     async def aclose(self) -> None:
         """End the effect: what runs is cancelled, and its rows are left for whoever comes next.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aidb_ray import crash_points
 from aidb_ray.contracts import now_ms, time_ms
 from aidb_ray.effects.claiming import Claimer, LeaseRenewal, Place
 from aidb_ray.effects.definition import EffectDefinition, Happened
@@ -386,9 +387,13 @@ class EffectLoop:
             heartbeat=self._renewal.hurry,
         )
         self._renewal.keep_up()
+        if crash_points.armed:
+            await crash_points.reach("effect.claimed")
         try:
             is_finished = await self._see_through(work, start)
             self._finished += is_finished
+            if crash_points.armed:
+                await crash_points.reach("effect.recorded")
         finally:
             if place in self._matching:
                 self._written[place] = work.revision
@@ -485,12 +490,15 @@ class EffectLoop:
 
     # Ending.
 
-    async def aclose(self) -> None:
-        """Stop what runs where it is, for others to take over, and follow nothing any more.
-
-        Waits up to `grace_ms` for tools in threads.
-        """
+    def die(self) -> None:
+        """Stop everything where it is, as the end of a process does: no claim is given up."""
         self._is_closing = True
+        self._hear_no_more()
+        for task in self._tasks.values():
+            task.cancel()
+        self._renewal.die()
+
+    def _hear_no_more(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._parked.close()
@@ -498,6 +506,14 @@ class EffectLoop:
             view.close()
         for partition, subscription in self._subscriptions:
             partition.client.feed.unsubscribe(subscription)
+
+    async def aclose(self) -> None:
+        """Stop what runs where it is, for others to take over, and follow nothing any more.
+
+        Waits up to `grace_ms` for tools in threads.
+        """
+        self._is_closing = True
+        self._hear_no_more()
         for place, task in self._tasks.items():
             work = self._works.get(place)
             if work is None:

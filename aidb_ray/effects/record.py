@@ -13,6 +13,7 @@ import msgspec
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
+from aidb_ray import crash_points
 from aidb_ray.contracts import MAX_KEY_LENGTH, Question, Step
 from aidb_ray.errors import ContractError, KeyExistsError, ToolError
 from aidb_ray.models.tools import MAX_RESULT_BYTES, describe_mismatch
@@ -72,12 +73,16 @@ class WorkRecord:
             # Nothing of it is recorded, so it may be tried again.
             self._used.discard(name)
             raise
+        if crash_points.armed:
+            await crash_points.reach("step.ran")
         try:
             await self._write([encoded])
         except KeyExistsError:
             # An earlier attempt's write arrived late. What is recorded is what later attempts get.
             self._recorded = None
             return (await self._read_steps())[name]
+        if crash_points.armed:
+            await crash_points.reach("step.recorded")
         return value
 
     def _check_step(self, name: str, fn: Callable[[], Any]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_exponential_jitter
 
+from aidb_ray import crash_points
 from aidb_ray.effects.definition import EffectDefinition
 from aidb_ray.effects.outcomes import is_ended
 from aidb_ray.effects.record import WorkRecord
@@ -233,6 +234,8 @@ class RowWork:
             elif not isinstance(error, ToolError):
                 logger.warning("the work for %r raised", self._claimed.key, exc_info=True)
             failure = error_of(error)
+        if crash_points.armed:
+            await crash_points.reach("effect.ran")
         return await self._finish(result, failure)
 
     async def _try_again(self) -> Any:

@@ -26,7 +26,12 @@ from aidb_ray.runtime.ray_refs import (
     find,
     spawn,
 )
-from aidb_ray.runtime.refs import CALL_TIMEOUT_MS, MAX_PENDING_CALLS, ActorRef
+from aidb_ray.runtime.refs import (
+    CALL_TIMEOUT_MS,
+    MAX_PENDING_CALLS,
+    ActorRef,
+    create_detached_task,
+)
 
 __all__ = [
     "CALL_TIMEOUT_MS",
@@ -41,6 +46,7 @@ __all__ = [
     "RayRef",
     "check_sendable",
     "connect_cluster",
+    "create_detached_task",
     "find",
     "spawn",
 ]

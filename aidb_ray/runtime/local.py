@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from aidb_ray import crash_points
 from aidb_ray.errors import UnavailableError
 from aidb_ray.runtime.failures import log_when_late
 from aidb_ray.runtime.refs import (
@@ -41,8 +42,10 @@ class LocalRef(Generic[A_co]):
         timeout_ms: int = CALL_TIMEOUT_MS,
         max_pending_calls: int = MAX_PENDING_CALLS,
     ) -> None:
-        self._host = Host(actor)
+        self._life = crash_points.Life(self._die)
+        self._host = Host(actor, self._life)
         self._calls: set[asyncio.Task[Any]] = set()
+        self._armed: list[crash_points.Armed] = []
         self._timeout_ms = timeout_ms
         self._max_pending_calls = max_pending_calls
 
@@ -98,6 +101,31 @@ class LocalRef(Generic[A_co]):
             raise timed_out(label, self._timeout_ms) from None
         return _answer(call, label)
 
+    async def arm(self, point: str, hit: int) -> None:
+        """See `ActorRef.arm`; only this actor dies, not the process."""
+        self._armed.append(crash_points.arm(point, hit=hit, life=self._life))
+
+    async def disarm(self) -> None:
+        """See `ActorRef.disarm`."""
+        while self._armed:
+            crash_points.disarm(self._armed.pop())
+
+    async def until_dead(self) -> None:
+        """See `ActorRef.until_dead`."""
+        await self._life.ended.wait()
+
+    def kill(self) -> None:
+        """End the actor as the end of its process would; calls in flight get no answer.
+
+        What it sent to a store before may still be applied, and nothing later.
+        """
+        self._life.kill()
+
+    def _die(self) -> None:
+        self._host.kill()
+        for call in self._calls:
+            call.cancel()
+
     async def stop(self) -> None:
         """See `ActorRef.stop`."""
         try:
@@ -119,7 +147,7 @@ class LocalRef(Generic[A_co]):
         if len(self._calls) >= self._max_pending_calls:
             raise too_many_pending(label)
         call = create_detached_task(
-            self._host.invoke(name, _copy_containers(args), _copy_containers(kwargs))
+            self._host.invoke(name, _copy_containers(args), _copy_containers(kwargs)), self._life
         )
         self._calls.add(call)
         call.add_done_callback(self._forget)

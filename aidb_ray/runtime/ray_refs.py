@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
+from aidb_ray import crash_points
 from aidb_ray.errors import AidbError, ConfigError, UnavailableError
 from aidb_ray.runtime.failures import Failure, explain, log_when_late, pack, unpack, words
 from aidb_ray.runtime.refs import (
@@ -68,6 +69,22 @@ class _RayHost:
     async def pid(self) -> int:
         """Return the id of this process."""
         return os.getpid()
+
+    async def arm(self, point: str, hit: int) -> Failure | None:
+        """Let this process die when it reaches a crash point for the `hit`-th time."""
+        try:
+            crash_points.arm(point, hit=hit)
+        except ConfigError as error:
+            return pack(error)
+        return None
+
+    async def disarm(self) -> None:
+        """Let this process live."""
+        crash_points.armed.clear()
+
+    async def stay(self) -> None:
+        """Return never, so that whoever asked hears when the process ends."""
+        await asyncio.Event().wait()
 
     async def close(self) -> Failure | None:
         """Let the actor close down, in whatever state it is."""
@@ -197,6 +214,41 @@ class RayRef(Generic[A_co]):
                 raise reason
             await asyncio.sleep(pause_ms / 1000)
         raise AssertionError
+
+    async def arm(self, point: str, hit: int) -> None:
+        """See `ActorRef.arm`."""
+        label = f"arm of {self!r}"
+        handle = self._handle or await self._look_up(label)
+        try:
+            failure = await _submit(handle.arm.remote, label, point, hit)
+        except Exception as error:
+            raise self._explain(error, label) from error
+        if failure is not None:
+            raise unpack(failure, label)
+
+    async def disarm(self) -> None:
+        """See `ActorRef.disarm`."""
+        # One that has died has nothing to take back.
+        with contextlib.suppress(AidbError):
+            label = f"disarm of {self!r}"
+            handle = self._handle or await self._look_up(label)
+            try:
+                await _submit(handle.disarm.remote, label)
+            except Exception as error:
+                raise self._explain(error, label) from error
+
+    async def until_dead(self) -> None:
+        """See `ActorRef.until_dead`."""
+        label = f"end of {self!r}"
+        handle = self._handle or await self._look_up(label)
+        staying = _submit(handle.stay.remote, label)
+        try:
+            await staying
+        except asyncio.CancelledError:
+            _cancel(staying)
+            raise
+        except Exception as error:  # noqa: BLE001  Whatever Ray says of it, it has ended.
+            _log.info("%r has ended: %s", self, self._explain(error, label))
 
     async def stop(self) -> None:
         """See `ActorRef.stop`."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
+from aidb_ray.crash_points import Life, current_life
 from aidb_ray.errors import UnavailableError
 
 A = TypeVar("A")
@@ -74,6 +75,24 @@ class ActorRef(Protocol[A_co]):
         """
         ...
 
+    async def arm(self, point: str, hit: int) -> None:
+        """Let the actor's process die when it reaches a crash point for the `hit`-th time.
+
+        It does so once: a process that replaces it is not armed.
+
+        Raises:
+            ConfigError: `unknown_crash_point`.
+        """
+        ...
+
+    async def disarm(self) -> None:
+        """Take back what `arm` asked for, if it has not happened."""
+        ...
+
+    async def until_dead(self) -> None:
+        """Return once the process that the actor has now has ended, however that came."""
+        ...
+
     async def stop(self) -> None:
         """End the actor for good, after its own `stop` if it has one.
 
@@ -86,13 +105,14 @@ class ActorRef(Protocol[A_co]):
 class Host(Generic[A]):
     """Runs one actor in the current event loop: its `start`, its calls, its `stop`."""
 
-    def __init__(self, actor: A) -> None:
+    def __init__(self, actor: A, life: Life | None = None) -> None:
         self.actor = actor
         self._is_closed = False
+        self._is_killed = False
         self._starting: asyncio.Task[None] | None = None
         start = getattr(actor, "start", None)
         if start is not None:
-            self._starting = create_detached_task(self._start(start))
+            self._starting = create_detached_task(self._start(start), life)
 
     async def _start(self, start: Callable[[], Awaitable[object]]) -> None:
         try:
@@ -108,6 +128,8 @@ class Host(Generic[A]):
 
     async def close(self) -> None:
         """Refuse further calls, run the actor's `stop`, then end its `start` if that still runs."""
+        if self._is_killed:
+            return
         self._is_closed = True
         stop = getattr(self.actor, "stop", None)
         try:
@@ -118,10 +140,25 @@ class Host(Generic[A]):
                 self._starting.cancel()
                 await asyncio.wait([self._starting])
 
+    def kill(self) -> None:
+        """Refuse further calls, and end what runs where it is, as the end of a process would.
 
-def create_detached_task(work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
-    """Start `work` without the context variables of whoever happens to start it."""
-    return asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        An actor that has tasks or files of its own lets go of them in a plain method `die`.
+        """
+        self._is_closed = self._is_killed = True
+        if self._starting is not None:
+            self._starting.cancel()
+        die = getattr(self.actor, "die", None)
+        if die is not None:
+            die()
+
+
+def create_detached_task(work: Coroutine[Any, Any, R], life: Life | None = None) -> asyncio.Task[R]:
+    """Start `work` without the context variables of whoever happens to start it, in a life."""
+    context = contextvars.Context()
+    if life is not None:
+        context.run(current_life.set, life)
+    return asyncio.get_running_loop().create_task(work, context=context)
 
 
 def timed_out(label: str, timeout_ms: int) -> UnavailableError:

@@ -21,6 +21,7 @@ from uuid import uuid4
 
 import msgspec
 
+from aidb_ray import crash_points
 from aidb_ray.errors import (
     AidbError,
     ConfigError,
@@ -343,6 +344,26 @@ class StoreActor:
         self._state = "stopped"
         self._disk.shutdown(wait=False)
 
+    def die(self) -> None:
+        """Let go of everything where it is, as the end of a process does."""
+        self._state, self._problem = "failed", "It was killed."
+        for task in (self._opening, self._flusher):
+            if task is not None:
+                task.cancel()
+        taking = None if self._snapshots is None else self._snapshots.die()
+        if self._flusher is None:
+            return
+        if taking is None:
+            self._abandon_log()
+        else:
+            # It may be in the middle of a file, in a thread.
+            taking.add_done_callback(lambda _: self._abandon_log())
+
+    def _abandon_log(self) -> None:
+        # After what the disk does now, which a killed process would also have done or not.
+        self._disk.submit(self._log.abandon)
+        self._disk.shutdown(wait=False)
+
     async def _close(self) -> None:
         assert self._flusher is not None
         tasks = [self._flusher, *([] if self._ticker is None else [self._ticker])]
@@ -430,6 +451,8 @@ class StoreActor:
                 plan.drop_client(client_id)
         plan.end_leases()
         if not plan.is_empty:
+            if crash_points.armed:
+                await crash_points.reach("store.planned")
             try:
                 place = await self._write(plan)
             except StorageFullError as error:
@@ -444,6 +467,8 @@ class StoreActor:
                 return
             if self._state == "disk_full":
                 self._state = "serving"
+            if crash_points.armed:
+                await crash_points.reach("store.logged")
             self._apply(plan, place)
         self._taken = []
         for arrival, answer in zip(taken, answers, strict=True):

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 
+from aidb_ray import crash_points
 from aidb_ray.errors import (
     AidbError,
     CompactedError,
@@ -24,7 +25,7 @@ from aidb_ray.errors import (
     ContractError,
     UnavailableError,
 )
-from aidb_ray.runtime import ActorRef
+from aidb_ray.runtime import ActorRef, create_detached_task
 from aidb_ray.store import changes as wire
 from aidb_ray.store.actor import StoreActor, StoreStatus
 from aidb_ray.store.changes import (
@@ -156,6 +157,8 @@ class StoreClient:
         held: Held | None = None,
     ) -> None:
         """Send mutations as one commit; calls `on_settled` once, later. See `commit`."""
+        if crash_points.dead:
+            crash_points.check_alive()
         size = _size(mutations, chunks)
         if size > MAX_COMMIT_BYTES:
             raise ContractError(
@@ -180,7 +183,8 @@ class StoreClient:
         self._queued_bytes += size
         self._made += 1
         if self._pumping is None:
-            self._pumping = asyncio.get_running_loop().create_task(self._pump())
+            # Shared by all who commit here, so in the context of none.
+            self._pumping = create_detached_task(self._pump())
 
     async def drain(self) -> None:
         """Wait until every commit made so far has its outcome; those made meanwhile may not."""
@@ -224,7 +228,7 @@ class StoreClient:
         done: asyncio.Future[SessionRowsRead] = loop.create_future()
         self._reads.append(_SessionRead(session, collections, done))
         if self._reading is None:
-            self._reading = loop.create_task(self._read_queued())
+            self._reading = create_detached_task(self._read_queued())
         return await done
 
     async def _read_queued(self) -> None:

@@ -442,6 +442,11 @@ class Collection(Generic[R]):
         """The row type's fields as queries know them."""
         return self._codec.fields
 
+    @property
+    def sites(self) -> Sites:
+        """The partitions of its database, as this process reaches them."""
+        return self._sites
+
     def as_source(self) -> SourceRef[R]:
         """Return what a query keeps of this collection."""
         codec = self._codec

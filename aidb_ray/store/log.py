@@ -373,6 +373,13 @@ class CommitLog:
             self._lock.release()
             self._lock = None
 
+    def abandon(self) -> None:
+        """Let go of the files as the end of a process does: nothing is noted, the lock is free."""
+        if self._lock is not None:
+            self._writer.close()
+            self._lock.release()
+            self._lock = None
+
     def _compact_segment(self, head: SegmentHead, end: int) -> None:
         path = segment_path(self._home.log, head.number)
         with SegmentReader(self._files, path, head.number, self._meta.salt) as reader:

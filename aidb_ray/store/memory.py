@@ -99,3 +99,7 @@ class MemoryLog:
     def close(self) -> None:
         """Forget all chunks."""
         self._chunks.clear()
+
+    def abandon(self) -> None:
+        """Forget all chunks."""
+        self._chunks.clear()

@@ -78,6 +78,14 @@ class SnapshotTaker:
         if self._taking is not None:
             await asyncio.wait([self._taking])
 
+    def die(self) -> asyncio.Task[int] | None:
+        """Stop where it is, as the end of a process does; returns what a thread must finish."""
+        self._is_closing = True
+        for task in (self._learning, self._taking):
+            if task is not None:
+                task.cancel()
+        return self._taking
+
     def _begin(self) -> asyncio.Task[int]:
         self._logged_at_snapshot = self._log.stats.bytes
         self._taking = asyncio.get_running_loop().create_task(self._take())

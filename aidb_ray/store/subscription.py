@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from aidb_ray.errors import AidbError, CompactedError, NotReadyError, UnavailableError
-from aidb_ray.runtime import ActorRef
+from aidb_ray.runtime import ActorRef, create_detached_task
 from aidb_ray.store import changes as wire
 from aidb_ray.store.actor import StoreActor
 from aidb_ray.store.changes import (
@@ -160,7 +160,8 @@ class FeedReader:
         self._filters = None
         self._neighbors(wanted)[added] = None
         if self._polling is None or self._polling.done():
-            self._polling = asyncio.get_running_loop().create_task(self._poll_forever())
+            # Shared by all who subscribe here, so in the context of none.
+            self._polling = create_detached_task(self._poll_forever())
         else:
             self._nudge()
         return added
@@ -232,7 +233,7 @@ class FeedReader:
             logger.debug("the poll could not be released; it ends by itself")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
+        task = create_detached_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
         return task

@@ -17,7 +17,7 @@ from aidb_ray.store.files import FileSystem
 from aidb_ray.store.frames import Frame, Rows
 from aidb_ray.store.log import CommitLog, Position
 from aidb_ray.store.snapshots import SessionRow
-from tests.frame_builders import abandon, make_chunks, open_log
+from tests.frame_builders import make_chunks, open_log
 
 COLLECTION = "messages"
 SEGMENT_BYTES = 1 << 14
@@ -57,7 +57,7 @@ class History:
                 self._step(log, state, rng)
             log.close()
         finally:
-            abandon(log)
+            log.abandon()
 
     def check(self, state: State) -> None:
         """Assert that all that was acknowledged is there, once, and nothing that was refused."""

@@ -1,6 +1,6 @@
 """Agents that are killed: at every frame of a conversation in this process, and on Ray by SIGKILL.
 
-A life ends when its log takes no further frame. What happened outside (the model was asked, a tool
+A life ends at one of the frames of its log. What happened outside (the model was asked, a tool
 ran) is kept by witnesses that outlive it.
 """
 
@@ -37,10 +37,7 @@ from aidb_ray import (
 )
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import Tool, ToolContext
-from aidb_ray.store.frames import Frame
-from aidb_ray.store.log import CommitLog, Position
-from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel
-from tests.frame_builders import abandon
+from aidb_ray.testing import CallTool, Reply, Say, ScriptedModel, crash_at
 
 pytestmark = pytest.mark.chaos
 
@@ -51,65 +48,37 @@ ANSWER_IN_DOUBT = "in_doubt"
 Policy = Literal["retry", "fail"]
 
 
-class Disk:
-    """Logs whose process dies at one of their frames."""
+def live(
+    life: Callable[[], Awaitable[T]], *, dies_at: int = 0, keeps_last: bool = False
+) -> T | None:
+    """Run one life; None if it died, at frame `dies_at` of its log, which may still be kept."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(_live(life, dies_at, keeps_last=keeps_last))
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.frames = 0
-        self.dies_at = 0
-        self.keeps_last = False
-        self.died: asyncio.Event | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._logs: list[CommitLog] = []
-        append = CommitLog.append
 
-        def counted(log: CommitLog, frame: Frame) -> Position:
-            if log not in self._logs:
-                self._logs.append(log)
-            self.frames += 1
-            if self.dies_at and self.frames >= self.dies_at:
-                if self.keeps_last and self.frames == self.dies_at:
-                    append(log, frame)
-                assert self._loop is not None
-                assert self.died is not None
-                self._loop.call_soon_threadsafe(self.died.set)
-                raise RuntimeError("The process is dead.")
-            return append(log, frame)
-
-        monkeypatch.setattr(CommitLog, "append", counted)
-
-    def live(
-        self, life: Callable[[], Awaitable[T]], *, dies_at: int = 0, keeps_last: bool = False
-    ) -> T | None:
-        """Run one life; None if it died, at frame `dies_at`, which may still be kept."""
-        self.frames, self.dies_at, self.keeps_last = 0, dies_at, keeps_last
-        self._loop = loop = asyncio.new_event_loop()
-        try:
-            return loop.run_until_complete(self._run(life))
-        finally:
-            for log in self._logs:
-                abandon(log)
-            self._logs.clear()
-            loop.run_until_complete(loop.shutdown_default_executor())
-            loop.close()
-
-    async def _run(self, life: Callable[[], Awaitable[T]]) -> T | None:
-        self.died = asyncio.Event()
-        living = asyncio.ensure_future(life())
-        dying = asyncio.ensure_future(self.died.wait())
+async def _live(life: Callable[[], Awaitable[T]], dies_at: int, *, keeps_last: bool) -> T | None:
+    if not dies_at:
+        return await life()
+    living = asyncio.ensure_future(life())
+    async with crash_at("store.logged" if keeps_last else "store.planned", hit=dies_at) as crash:
+        dying = asyncio.ensure_future(crash.happened(within_ms=120_000))
         await asyncio.wait([living, dying], return_when=asyncio.FIRST_COMPLETED)
-        if not self.died.is_set():
-            dying.cancel()
+        dying.cancel()
+        if not crash.has_happened:
             return living.result()
-        # Nothing can be written any more, so what these tasks still do leaves no trace.
-        asyncio.get_running_loop().set_exception_handler(_ignore)
-        for _ in range(10):
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            if others:
-                await asyncio.wait(others, timeout=1)
-        return None
+    # The store has died with the process, and so must all that used it.
+    asyncio.get_running_loop().set_exception_handler(_ignore)
+    for _ in range(10):
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=1)
+    return None
 
 
 def _ignore(_loop: asyncio.AbstractEventLoop, _context: dict[str, Any]) -> None:
@@ -247,26 +216,25 @@ def check_end(rows: Rows, policy: Policy, *, crashes: int) -> None:
         assert [call.status for call in rows.calls] == ["completed"] * 3
 
 
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    # Small flushes, so that there are frames in the middle of each stream.
+@pytest.fixture(autouse=True)
+def small_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write frames in the middle of each stream."""
     monkeypatch.setattr("aidb_ray.agents.recorder.FLUSH_CHUNKS", 4)
-    return Disk(monkeypatch)
 
 
 @pytest.mark.parametrize("policy", ["retry", "fail"])
 @pytest.mark.parametrize("keeps_last", [False, True], ids=["frame lost", "answer lost"])
-def test_at_every_frame(disk: Disk, tmp_path: Path, policy: Policy, *, keeps_last: bool) -> None:
+def test_at_every_frame(tmp_path: Path, policy: Policy, *, keeps_last: bool) -> None:
     deaths = 0
     repeated: Counter[str] = Counter()
     for dies_at in count(1):
         path, outside = tmp_path / str(dies_at), Outside()
         life = converse(path, outside, policy)
-        rows = disk.live(life, dies_at=dies_at, keeps_last=keeps_last)
+        rows = live(life, dies_at=dies_at, keeps_last=keeps_last)
         if rows is not None:
             break
         deaths += 1
-        rows = disk.live(life)
+        rows = live(life)
         assert rows is not None
         check_end(rows, policy, crashes=1)
         repeated["rounds"] += len(outside.rounds) - len(set(outside.rounds))
@@ -279,14 +247,14 @@ def test_at_every_frame(disk: Disk, tmp_path: Path, policy: Policy, *, keeps_las
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_again_and_again(disk: Disk, tmp_path: Path, seed: int) -> None:
+def test_again_and_again(tmp_path: Path, seed: int) -> None:
     rng, outside = Random(seed), Outside()
     life = converse(tmp_path / "db", outside, "retry")
     crashes = 0
     rows = None
     while rows is None:
         dies_at = rng.randint(1, 8) if crashes < 12 else 0
-        rows = disk.live(life, dies_at=dies_at, keeps_last=rng.random() < 0.5)
+        rows = live(life, dies_at=dies_at, keeps_last=rng.random() < 0.5)
         crashes += rows is None
     check_end(rows, "retry", crashes=crashes)
     assert crashes >= 2

@@ -24,7 +24,7 @@ from aidb_ray.store.segments import segment_path
 from aidb_ray.store.writer import LiveSegment, LogWriter
 from tests.chaos.lives import History
 from tests.faults import CallKind, Fault, FaultyFiles, PowerCut
-from tests.frame_builders import abandon, create, fill, make_frame, open_log, read_back
+from tests.frame_builders import create, fill, make_frame, open_log, read_back
 
 pytestmark = pytest.mark.chaos
 
@@ -140,7 +140,7 @@ def check_torn_write(directory: Path, seed: int) -> None:
     log.close()
     log = open_log(store, FaultyFiles(store))
     position = log.append(make_frame(4, value_bytes=3000))
-    abandon(log)
+    log.abandon()
     path = segment_path(store / "log", position.segment)
     size = path.stat().st_size
     with path.open("r+b") as file:
@@ -148,7 +148,7 @@ def check_torn_write(directory: Path, seed: int) -> None:
         file.truncate(size)
     log = open_log(store, FaultyFiles(store))
     fill(log, 1)
-    abandon(log)
+    log.abandon()
     assert read_back(store, files=FaultyFiles(store)) == [1, 2, 3, 4]
 
 

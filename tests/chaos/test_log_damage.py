@@ -27,7 +27,7 @@ from aidb_ray.store import frames, recovery, segments
 from aidb_ray.store.frames import HEADER_SIZE, Frame, FrameHeader
 from aidb_ray.store.segments import SegmentReader, SegmentWalk, segment_path
 from tests.faults import UnsyncedFiles
-from tests.frame_builders import abandon, create, fill, make_frame, make_rows, open_log
+from tests.frame_builders import create, fill, make_frame, make_rows, open_log
 
 pytestmark = pytest.mark.chaos
 
@@ -73,7 +73,7 @@ def make_victim(directory: Path) -> Victim:
     positions = [place for place, _ in log.frames(0)]
     number, offset = positions[-1]
     last = segment_path(store / "log", number), offset, log._writer.tail.offset
-    abandon(log)
+    log.abandon()
     offsets = [place.offset for place in positions if place.segment == number]
     assert len(offsets) > 3
     return Victim(store, read_files(store), earlier, last, offsets)
@@ -100,7 +100,7 @@ def look(victim: Victim) -> tuple[list[int], int]:
             served.append(revision)
         return served, log.torn_bytes
     finally:
-        abandon(log)
+        log.abandon()
 
 
 def judge(victim: Victim, path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture) -> str:
@@ -323,7 +323,7 @@ def check_stale_frame(directory: Path) -> None:
     path.write_bytes(good[:start] + stale[start:end] + good[end:])
 
     try:
-        abandon(open_log(store, UnsyncedFiles()))
+        open_log(store, UnsyncedFiles()).abandon()
     except CorruptionError:
         return
     raise AssertionError("a frame that was never acknowledged was believed")

@@ -26,7 +26,6 @@ from aidb_ray.store.segments import chunks_path, segment_numbers, segment_path
 from tests.faults import Fault, FaultyFiles
 from tests.frame_builders import (
     STORE_UUID,
-    abandon,
     create,
     fill,
     make_chunks,
@@ -174,7 +173,7 @@ def test_each_opening_has_a_greater_epoch(store: Path) -> None:
     for epoch in range(1, 5):
         log = open_log(store)
         assert log.epoch == epoch
-        (abandon if epoch % 2 else CommitLog.close)(log)
+        (CommitLog.abandon if epoch % 2 else CommitLog.close)(log)
 
 
 def test_an_epoch_is_not_used_again_when_meta_comes_from_a_backup(store: Path) -> None:
@@ -183,7 +182,7 @@ def test_an_epoch_is_not_used_again_when_meta_comes_from_a_backup(store: Path) -
         log = open_log(store)
         assert log.epoch == epoch
         fill(log, 1)
-        abandon(log)
+        log.abandon()
     (store / "META").write_bytes(meta)
 
     log = open_log(store)
@@ -194,7 +193,7 @@ def test_an_epoch_is_not_used_again_when_meta_comes_from_a_backup(store: Path) -
 def test_a_frame_that_nothing_proves_durable_is_written_anew(store: Path) -> None:
     log = open_log(store)
     positions = fill(log, 3, chunks=2)
-    abandon(log)
+    log.abandon()
 
     log = open_log(store)
     moved = [position for position, _ in log.frames(0)]
@@ -220,7 +219,7 @@ def test_a_log_without_new_frames_goes_on_in_place_even_after_a_crash(store: Pat
     log = open_log(store)
     fill(log, 1)
     for _ in range(4):
-        abandon(log)
+        log.abandon()
         log = open_log(store)
     log.close()
 
@@ -239,7 +238,7 @@ def test_a_torn_write_is_cut_and_the_log_goes_on(
         log = open_log(store)
     offset = log.append(make_frame(4, 12)).offset
     end = log._writer.tail.offset
-    abandon(log)
+    log.abandon()
     path = last_segment(store)
     with path.open("r+b") as file:
         file.truncate((end if cut < 0 else offset) + cut)
@@ -260,7 +259,7 @@ def test_a_torn_write_may_have_lost_any_sector(store: Path) -> None:
     fill(log, 2)
     position = log.append(make_frame(3, 30))
     tail = log._writer.tail.offset
-    abandon(log)
+    log.abandon()
     path = last_segment(store)
     for start in range(position.offset // 512 * 512 + 512, tail, 512):
         shutil.copytree(store, copy := store.parent / f"lost-{start}")
@@ -275,7 +274,7 @@ def test_a_flipped_bit_in_the_last_frame_is_not_taken_for_a_torn_write(
 ) -> None:
     log = open_log(store)
     position = fill(log, 3)[-1]
-    abandon(log)
+    log.abandon()
     path = last_segment(store)
     content = path.read_bytes()
     at = position.offset + offset
@@ -325,7 +324,7 @@ def test_what_was_durable_on_closing_is_missed(store: Path) -> None:
 def test_a_missing_segment_is_named(store: Path, index: int) -> None:
     log = open_log(store, segment_bytes=4096)
     fill(log, 40)
-    abandon(log)
+    log.abandon()
     missing = segment_path(store / "log", segments(store)[index])
     missing.unlink()
 
@@ -457,7 +456,7 @@ def test_a_forked_child_does_not_keep_the_lock(store: Path) -> None:
         os._exit(0)
     assert os.read(to_parent[0], 1) == b"!"
     try:
-        abandon(log)
+        log.abandon()
         open_log(store).close()
     finally:
         for fd in (*to_child, *to_parent):
@@ -552,7 +551,7 @@ def test_a_live_segment_that_was_cut_is_named(store: Path, frames: int) -> None:
     """Zeros reserved ahead are missed as much as frames; the head of the segment tells."""
     log = open_log(store)
     ends = [*(place.offset for place in fill(log, frames)), log._writer.tail.offset]
-    abandon(log)
+    log.abandon()
     path = last_segment(store)
     good = path.read_bytes()
     assert len(good) == 1 << 16
@@ -578,7 +577,7 @@ def test_a_segment_keeps_the_size_it_was_made_with(store: Path) -> None:
         fill(log, 1)
         head = log._writer.heads[-1]
         assert last_segment(store).stat().st_size == head.size == segment_bytes
-        (CommitLog.close if segment_bytes == 4096 else abandon)(log)
+        (CommitLog.close if segment_bytes == 4096 else CommitLog.abandon)(log)
     assert read_back(store) == list(range(1, 43))
 
 
@@ -616,7 +615,7 @@ def test_recovery_finds_space_in_the_reserve(store: Path) -> None:
     ).close()
     log = open_log(store)
     fill(log, 2)
-    abandon(log)
+    log.abandon()
     files = FaultyFiles(store)
     files.free = 0
 
@@ -797,7 +796,7 @@ def test_an_interrupted_compaction_is_done_again(store: Path) -> None:
     files.fault = Fault(frozenset({"unlink"}), at=3)
     with pytest.raises(StorageError):
         log.compact()
-    abandon(log)
+    log.abandon()
 
     log = open_log(store, segment_bytes=4096)
     log.compact()

@@ -20,7 +20,7 @@ PACKAGE = Path(aidb_ray.__file__).parent
 # Lowest first. A module imports only from levels below its own and from its own package.
 LEVELS = (
     {"errors"},
-    {"contracts", "expressions"},
+    {"contracts", "crash_points", "expressions"},
     {"runtime"},
     {"store"},
     {"models", "query"},
