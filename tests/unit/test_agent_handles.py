@@ -87,6 +87,15 @@ class FarRef(Generic[A_co]):
     ) -> R:
         return await self.ask(method, *args, **kwargs)
 
+    async def arm(self, point: str, hit: int) -> None:
+        await self._ref.arm(point, hit)
+
+    async def disarm(self) -> None:
+        await self._ref.disarm()
+
+    async def until_dead(self) -> None:
+        await self._ref.until_dead()
+
     async def stop(self) -> None:
         raise AssertionError("Handles end nothing here.")
 

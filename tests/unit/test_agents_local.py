@@ -1204,7 +1204,7 @@ async def test_of_a_session_that_was_left_over_only_the_first_start_is_waited_fo
 async def test_rows_of_sessions_at_work_are_kept_however_full_the_cache_is(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aidb_ray.agents.shard.CACHE_BYTES", 0)
+    monkeypatch.setattr("aidb_ray.agents.states.CACHE_BYTES", 0)
     at_work, idle, other = (f"aidb://echo/{name}" for name in ("at-work", "idle", "other"))
     door = asyncio.Event()
     reads: list[str] = []
