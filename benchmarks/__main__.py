@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from aidb_ray import AidbError, ConfigError
-from benchmarks import cancel, chunks, latency, queries, recovery, replay, rows, tools, turns
+from benchmarks import (
+    cancel,
+    chunks,
+    effects,
+    latency,
+    queries,
+    recovery,
+    replay,
+    rows,
+    tools,
+    turns,
+)
 from benchmarks.harness import (
     Benchmark,
     Figure,
@@ -33,6 +44,7 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
     "cancel": Benchmark(cancel.measure, cancel.FULL, cancel.QUICK),
     "turns": Benchmark(turns.measure, turns.FULL, turns.QUICK),
     "tools": Benchmark(tools.measure, tools.FULL, tools.QUICK),
+    "effects": Benchmark(effects.measure, effects.FULL, effects.QUICK),
     "chunks": Benchmark(chunks.measure, chunks.FULL, chunks.QUICK),
     "replay": Benchmark(replay.measure, replay.FULL, replay.QUICK),
     "queries": Benchmark(queries.measure, queries.FULL, queries.QUICK),
