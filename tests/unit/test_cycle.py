@@ -71,7 +71,9 @@ TRANSITIONS: list[tuple[str, Cycle, Event, Cycle, Command]] = [
     ),
     (
         "calls of a later round go on in numbering and usage",
-        Cycle("g", rounds=("hm",), call_count=2, failures=2, attempt=4, usage=Usage(5, 2)),
+        Cycle(
+            "g", rounds=("hm",), call_count=2, failures=2, repairs=1, attempt=4, usage=Usage(5, 2)
+        ),
         RoundFinished("", (ADD,), Usage(7, 1)),
         Cycle(
             "g",

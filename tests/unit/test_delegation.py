@@ -600,3 +600,33 @@ async def test_either_side_may_restart_meanwhile(db: Database) -> None:
     assert (by_agent["boss"].attempt, by_agent["boss"].interruptions) == (1, 0)
     assert (by_agent["helper"].attempt, by_agent["helper"].interruptions) == (2, 1)
     assert len(await rows(db, "messages")) == 4
+
+
+async def test_a_reply_that_comes_while_the_feed_is_lost_is_seen(db: Database) -> None:
+    """Also if the agent was at work on another call then, and so was not waiting yet."""
+    looks, door = asyncio.Event(), asyncio.Event()
+
+    @tool
+    async def look() -> str:
+        """Look, for long."""
+        looks.set()
+        await door.wait()
+        return "seen"
+
+    play = asks(call("helper"), CallTool("look"))
+    boss = await start("boss", play, AgentTool("helper"), tools=[look])
+    handle = boss.send("go", session=URL)
+    await looks.wait()
+    other = Database(db.name, db._refs, data_dir=db.data_dir, cluster=None)
+    feed = db.partitions[0].client.feed
+    feed._generation = "of another store"
+    helper = create_agent(define("helper", says("Yes")), database=other)
+    assert (await helper.drain_until_idle()).completed
+    client = db.partitions[0].client
+    await client.feed.reached((await client.status()).revision)
+    door.set()
+
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "Yes: go seen"
+    await helper.aclose()
+    for partition in other.partitions:
+        await partition.aclose()
