@@ -19,6 +19,15 @@ CRASH_POINTS: Mapping[str, str] = MappingProxyType(
     {
         "store.planned": "A store has worked out what to write; nothing of it is on the disk.",
         "store.logged": "What a store was asked to write is durable; nobody was told, nobody sees.",
+        "agent.claimed": "An agent's process has its sessions; it has not looked for messages.",
+        "generation.begun": "A generation's row was sent to the store; its model was not asked.",
+        "round.heard": "A model has finished a round; what it came to is not recorded.",
+        "calls.written": "The calls of a round are rows; no tool has run.",
+        "tool.ran": "A tool has run; its result is not recorded.",
+        "tool.recorded": "A tool's result is durable; nothing has followed from it.",
+        "generation.ending": "The last round is done, and `on_response` has run; the end and the "
+        "reply are not recorded.",
+        "generation.ended": "The end of a generation and the reply are durable.",
         "effect.claimed": "An executor has claimed a row; its function has not run.",
         "effect.ran": "An executor's function has run; its result is not recorded.",
         "effect.recorded": "The end of an executor's row is durable, and the claim was given up.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aidb_ray import crash_points
 from aidb_ray.agents.cycle import AnswerCode, Call, CallDeferred, CallFinished, GoOn, Standing
 from aidb_ray.agents.delegation import make_request
 from aidb_ray.agents.parking import Waiting
@@ -78,6 +79,8 @@ class RoundCalls:
 
         self._shard.flusher.check(commits.buffer)
         await commits.write(mutations, know, takes_chunks=True)
+        if crash_points.armed:
+            await crash_points.reach("calls.written")
         await self._run_all([call for call in calls if call.status == ToolCallStatus.EXECUTING])
         return [CallDeferred(row.id) if _is_left(row) else CallFinished(row.id) for row in made]
 
@@ -240,9 +243,13 @@ class RoundCalls:
         )
 
     async def _finish(self, call: ToolCallRow, result: Any, error: ToolError | None) -> None:
+        if crash_points.armed:
+            await crash_points.reach("tool.ran")
         finished = _ended(call, result, error)
         update = self._commits.update("tool_calls", finished)
         await self._commits.write([update], lambda revision: self._know([finished], revision))
+        if crash_points.armed:
+            await crash_points.reach("tool.recorded")
 
     async def _write_found(self, calls: Sequence[ToolCallRow]) -> bool:
         """Write calls unless others have written any of them since they were read."""

@@ -718,6 +718,13 @@ class PartitionWork:
         self._changed.clear()
         await self._changed.wait()
 
+    def die(self) -> None:
+        """Stop everything where it is, as the end of its process does."""
+        self.is_retired = True
+        self._hear_no_more()
+        for task in (*(worker.task for worker in self._runs.values()), *self._tasks):
+            task.cancel()
+
     async def aclose(self) -> None:
         """Stop everything and end."""
         self.is_retired = True

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import msgspec
 from pydantic import BaseModel
 
+from aidb_ray import crash_points
 from aidb_ray.agents import cycle as machine
 from aidb_ray.agents.assignment import Assignment, Shard
 from aidb_ray.agents.calls import (
@@ -151,13 +152,19 @@ class GenerationRun:
         command = await self._begin()
         if isinstance(command, machine.Wait):
             return self._waiting(command)
+        if crash_points.armed:
+            await crash_points.reach("generation.begun")
         try:
             outcome, intents = await self._decide(command)
             if outcome is None:
                 return "changed"
             if isinstance(outcome, machine.Wait):
                 return self._waiting(outcome)
+            if crash_points.armed:
+                await crash_points.reach("generation.ending")
             await self._ending.write(outcome, self._cycle, intents)
+            if crash_points.armed:
+                await crash_points.reach("generation.ended")
         except asyncio.CancelledError:
             # What is on its way will be applied: whoever goes on with the rows must see it.
             await self._commits.settled()
@@ -333,6 +340,8 @@ class GenerationRun:
                     if pause_ms:
                         await asyncio.sleep(pause_ms / 1000)
                     events: Sequence[machine.Event] = [await self._ask()]
+                    if crash_points.armed and isinstance(events[0], RoundFinished):
+                        await crash_points.reach("round.heard")
                 case machine.RunCalls(requests, keys):
                     generation = self._with_round()
                     number = self._cycle.round

@@ -11,6 +11,7 @@ import logging
 import os
 from dataclasses import dataclass
 
+from aidb_ray import crash_points
 from aidb_ray.agents.definition import AgentDefinition
 from aidb_ray.agents.partition import PartitionWork, SuspectTurn
 from aidb_ray.database import Database, set_current_database
@@ -105,6 +106,8 @@ class AgentActor:
                         self._database, partition, definition, buckets, runner, self._suspects
                     )
                 )
+            if crash_points.armed:
+                await crash_points.reach("agent.claimed")
             for work in works:
                 await work.start()
         except AidbError:
@@ -205,6 +208,14 @@ class AgentActor:
         except TimeoutError:
             logger.warning("generations still run at replacement; the new runner goes on with them")
         await self.stop()
+
+    def die(self) -> None:
+        """Stop everything where it is, as the end of its process does."""
+        self._is_ended = True
+        if self._starting is not None:
+            self._starting.cancel()
+        for work in self._works:
+            work.die()
 
     async def stop(self) -> None:
         """Stop what runs where it is, and end. Rows stay pending; a later runner goes on."""
