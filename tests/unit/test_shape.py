@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -211,6 +212,29 @@ def forbidden_calls(modules: dict[str, ast.Module]) -> list[str]:
             elif isinstance(node, ast.keyword) and ast.unparse(node) == "shell=True":
                 found.append(f"{name}:{node.value.lineno} says shell=True")
     return found
+
+
+def named_tests(document: str) -> Iterator[tuple[str, str]]:
+    """Yield (file, test) for each test that a document names; `::test` is of the file before."""
+    file = ""
+    for named, test in re.findall(r"`(tests/\S+?\.py)?::(\w+)`", document):
+        file = named or file
+        yield file, test
+
+
+def test_every_law_has_its_tests() -> None:
+    root = PACKAGE.parent
+    laws = (PACKAGE / "ARCHITECTURE.md").read_text("utf-8").partition("## Laws")[2]
+    named = list(named_tests(laws.partition("## Words")[0]))
+    texts = {file: (root / file).read_text("utf-8") for file, _ in named}
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not re.search(rf"^(async def |def |class )?{test}\b", texts[file], re.MULTILINE)
+    ]
+
+    assert len(named) > 20
+    assert missing == []
 
 
 def test_every_module_has_a_level() -> None:
