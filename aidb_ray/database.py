@@ -857,7 +857,7 @@ def _check_store(plan: _Plan, home: Path, status: StoreStatus) -> None:
 async def _start_stores(
     plan: _Plan, home: Path, cluster: Cluster | None, *, is_private: bool
 ) -> list[ActorRef[StoreActor]]:
-    options = await asyncio.to_thread(_store_options, plan, home)
+    options = await asyncio.to_thread(_store_options, plan, home, in_process=cluster is None)
     refs: list[ActorRef[StoreActor]] = []
     try:
         for option in options:
@@ -890,7 +890,7 @@ async def _open_all(refs: Iterable[ActorRef[StoreActor]]) -> list[StoreStatus]:
     return await asyncio.gather(*opening)
 
 
-def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:
+def _store_options(plan: _Plan, home: Path, *, in_process: bool) -> list[StoreOptions]:
     if plan.durability == "memory":
         uuid = str(uuid4())
         directories = [""] * plan.partitions
@@ -905,6 +905,7 @@ def _store_options(plan: _Plan, home: Path) -> list[StoreOptions]:
             directory=directory,
             store_uuid=uuid,
             partitions=plan.partitions,
+            in_process=in_process,
             **plan.options,
         )
         for index, directory in enumerate(directories)

@@ -80,7 +80,7 @@ class StoreOptions:
         max_resident_bytes: While rows weigh more in memory, sessions that rest in the snapshot
             leave it, and a snapshot starts after `snapshot_bytes` whatever the newest one's size.
         partitions: How many partitions the database has.
-        is_private: Whether all who use it are of its own process, so that claims of an earlier
+        in_process: Whether all who use it are of its own process, so that claims of an earlier
             process are nobody's.
     """
 
@@ -94,7 +94,7 @@ class StoreOptions:
     snapshot_bytes: int = 64 << 20
     max_resident_bytes: int = 1 << 30
     partitions: int = 1
-    is_private: bool = False
+    in_process: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,7 @@ class StoreActor:
         self._recovery_ms = round((time.monotonic() - began) * 1000)
         self._state = "serving"
         self._flusher = asyncio.get_running_loop().create_task(self._flush_forever())
-        if self._options.is_private:
+        if self._options.in_process:
             self._tables.leases.expire_all()
         self._count_leases()
         logger.info(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -515,6 +516,25 @@ async def test_closing_leaves_rows_for_others(db: Database, calls: Collection[To
     async with start(calls, echo):
         row = await ended(calls, "a")
     assert (row.result, row.attempt) == ("x", 2)
+
+
+async def test_what_a_process_left_is_found_on_the_disk(tmp_path: Path) -> None:
+    """A whole process ends in the middle: the next one has its directory, and so its claims."""
+    async with connect("local", data_dir=tmp_path) as db:
+        calls = db.session(URL).tool_calls
+        effect = start(calls, Door(), lease_ms=60_000)
+        await calls.insert(pending("a", "x"))
+        await executing(calls, "a")
+        partition = db.partitions[0]
+        # Nothing of the executor's end reaches the disk any more, as if it had been killed.
+        partition.client._is_closed = True
+        await effect.aclose()
+    async with connect("local", data_dir=tmp_path) as db:
+        calls = db.session(URL).tool_calls
+        async with start(calls, echo):
+            row = await ended(calls, "a")
+
+    assert (row.result, row.attempt, row.in_doubt) == ("x", 2, True)
 
 
 async def test_closing_while_a_row_is_being_claimed_gives_it_back(
