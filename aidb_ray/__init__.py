@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from aidb_ray.agents.definition import (
         AgentDefinition,
         History,
-        Retry,
         UsageLimits,
         durable_agent,
     )
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
         connect,
     )
     from aidb_ray.effects.decisions import answer, approve, reject
-    from aidb_ray.effects.definition import EffectRetry, Happened
+    from aidb_ray.effects.definition import Happened
     from aidb_ray.effects.effect import Effect
     from aidb_ray.effects.executor import create_tool_execution_effect
     from aidb_ray.effects.generation import create_generation_effect
@@ -120,6 +119,7 @@ if TYPE_CHECKING:
     from aidb_ray.models.tools import Tool, ToolContext, declare_tool, tool
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.query.operators import Delta
+    from aidb_ray.retry import Retry
     from aidb_ray.store.collection import Change, Collection, Transaction
 
 __all__ = [
@@ -144,7 +144,6 @@ __all__ = [
     "DrainLifecycle",
     "DrainResult",
     "Effect",
-    "EffectRetry",
     "EffectStatus",
     "EnvKey",
     "FencedError",
@@ -241,7 +240,7 @@ _WHERE = {
     "create_agent": "aidb_ray.agents.agent",
     "AgentDefinition": "aidb_ray.agents.definition",
     "History": "aidb_ray.agents.definition",
-    "Retry": "aidb_ray.agents.definition",
+    "Retry": "aidb_ray.retry",
     "UsageLimits": "aidb_ray.agents.definition",
     "durable_agent": "aidb_ray.agents.definition",
     "AgentTool": "aidb_ray.agents.delegation",
@@ -276,7 +275,6 @@ _WHERE = {
     "RequestedCall": "aidb_ray.effects.tools",
     "create_generation_effect": "aidb_ray.effects.generation",
     "Effect": "aidb_ray.effects.effect",
-    "EffectRetry": "aidb_ray.effects.definition",
     "Happened": "aidb_ray.effects.definition",
     "EffectStatus": "aidb_ray.effects.loop",
     "AidbError": "aidb_ray.errors",

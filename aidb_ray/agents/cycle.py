@@ -27,9 +27,10 @@ from typing import Literal, TypeAlias, assert_never
 import msgspec
 from msgspec.structs import replace
 
-from aidb_ray.agents.definition import Retry, UsageLimits
+from aidb_ray.agents.definition import UsageLimits
 from aidb_ray.agents.rows import GenerationRow
 from aidb_ray.models.base import ToolCallRequest, Usage
+from aidb_ray.retry import Retry
 
 Ending: TypeAlias = Literal["completed", "failed", "cancelled"]
 Phase: TypeAlias = Literal["asking", "calling", "waiting", "ended"]

@@ -16,6 +16,7 @@ from aidb_ray.errors import ConfigError
 from aidb_ray.models.base import TextAdapter, adapter_fingerprint, check_adapter
 from aidb_ray.models.tools import Tool, check_tools
 from aidb_ray.query.builder import Query, build, only_source
+from aidb_ray.retry import Retry, check_bounds
 
 BuildMessages: TypeAlias = Callable[[list[Any], Any], Any]
 Generate: TypeAlias = Callable[[Any], Any]
@@ -23,36 +24,7 @@ OnResponse: TypeAlias = Callable[[Any, list[Any]], Any]
 InDoubt: TypeAlias = Literal["retry", "fail", "park"]
 OnCrash: TypeAlias = Literal["retry", "continue"]
 
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often a model round is tried again after an error that may pass, or a lost process.
-
-    The pause doubles from `first_pause_ms` up to `longest_pause_ms`, with jitter; a provider that
-    says how long to wait is believed up to `longest_pause_ms`.
-
-    Attributes:
-        max_attempts: Errors in a row after which a round fails the generation.
-        max_interruptions: Ends of the agent's process in a row, in the middle of one round or its
-            tool calls, after which the generation fails with the code `interrupted`. Crashes and
-            stops count alike, also those that another session brought about. From the third on
-            a generation goes on only while no other such one does, and only then counts; so one
-            that merely ran beside is failed only by fewer than 4.
-    """
-
-    max_attempts: int = 4
-    first_pause_ms: int = 250
-    longest_pause_ms: int = 30_000
-    max_interruptions: int = 10
-
-    def __post_init__(self) -> None:
-        _check_bounds(self, "max_attempts", "max_interruptions", least=1)
-        _check_bounds(self, "first_pause_ms", "longest_pause_ms", least=0)
-
-    def pause_ms(self, failures: int, *, asked_ms: int | None, jitter: float) -> int:
-        """Return the pause after so many failures; `jitter` is between 0 and 1."""
-        pause = min(self.first_pause_ms << min(failures - 1, 16), self.longest_pause_ms)
-        return max(round(pause * (0.5 + jitter / 2)), min(asked_ms or 0, self.longest_pause_ms))
+_RETRY = Retry()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +35,7 @@ class UsageLimits:
     max_tool_calls: int | None = None
 
     def __post_init__(self) -> None:
-        _check_bounds(self, "max_total_tokens", "max_tool_calls", least=0, may_be_none=True)
+        check_bounds(self, "max_total_tokens", "max_tool_calls", least=0, may_be_none=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +50,7 @@ class History:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_bounds(self, "max_tokens", least=0, may_be_none=True)
-
-
-def _check_bounds(of: object, *names: str, least: int, may_be_none: bool = False) -> None:
-    """Raise if one of these fields is not a whole number of `least` or more."""
-    for name in names:
-        value = getattr(of, name)
-        if value is None and may_be_none:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            none = " or None" if may_be_none else ""
-            raise ConfigError(
-                f"{name} is a whole number, {least} or more{none}, not {value!r}.",
-                code="invalid_bound",
-            )
+        check_bounds(self, "max_tokens", least=0, may_be_none=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +70,7 @@ class AgentDefinition:
     history: History = History()
     output_schema: type[BaseModel] | None = None
     max_iterations: int = 10
-    retry: Retry = Retry()
+    retry: Retry = _RETRY
     usage_limits: UsageLimits = UsageLimits()
     run_timeout_ms: int | None = None
     idle_timeout_ms: int | None = 60_000
@@ -342,8 +300,8 @@ def _check(definition: AgentDefinition) -> None:
             "pattern of sessions or leave shards=1.",
             code="invalid_shards",
         )
-    _check_bounds(definition, "max_running", "max_iterations", least=1)
-    _check_bounds(definition, "run_timeout_ms", "idle_timeout_ms", least=1, may_be_none=True)
+    check_bounds(definition, "max_running", "max_iterations", least=1)
+    check_bounds(definition, "run_timeout_ms", "idle_timeout_ms", least=1, may_be_none=True)
     if definition.on_in_doubt not in ("retry", "fail", "park"):
         raise ConfigError(
             f"on_in_doubt is 'retry', 'fail' or 'park', not {definition.on_in_doubt!r}.",

@@ -15,6 +15,7 @@ from aidb_ray.errors import ConfigError, QueryError
 from aidb_ray.expressions import SourceRef
 from aidb_ray.models.tools import ToolContext
 from aidb_ray.query.builder import Query
+from aidb_ray.retry import Retry, check_bounds
 from aidb_ray.store.changes import Insert
 
 Placement: TypeAlias = Literal["actor", "here"]
@@ -23,39 +24,14 @@ Handler: TypeAlias = Callable[[Any, ToolContext], Awaitable[Any]]
 Reconcile: TypeAlias = Callable[..., Any]
 """`(row, ctx)`: return `Happened(result)`, or None to have the row run again."""
 
+ONCE = Retry(max_attempts=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Happened:
     """What a reconcile function returns when the lost attempt had done its work."""
 
     result: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class EffectRetry:
-    """How often work that raised is tried again, in the same process and under the same claim.
-
-    The pause doubles from `first_pause_ms` up to `longest_pause_ms`, with jitter. Arguments that
-    do not fit, results that cannot be stored and `ToolError`s of the work itself are not retried.
-
-    Attributes:
-        max_attempts: 1 is without retry.
-        max_interruptions: Processes that may end in the middle of one row before it fails with
-            the code `tool_crashed`. From the third on it runs alone in its executor.
-    """
-
-    max_attempts: int = 1
-    first_pause_ms: int = 250
-    longest_pause_ms: int = 30_000
-    max_interruptions: int = 10
-
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.max_interruptions < 1:
-            raise ConfigError("A retry has 1 attempt or more.", code="invalid_bound")
-        if not 0 < self.first_pause_ms <= self.longest_pause_ms:
-            raise ConfigError(
-                "Pauses are above 0, and the first is not the longest.", code="invalid_bound"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +63,7 @@ class EffectDefinition:
     lease_ms: int = 30_000
     timeout_ms: int | None = None
     grace_ms: int = 5_000
-    retry: EffectRetry = EffectRetry()
+    retry: Retry = ONCE
     late_results: LateResults = "discard"
     on_in_doubt: InDoubt | Reconcile = "retry"
     placement: Placement = "actor"
@@ -138,13 +114,9 @@ def _check(definition: EffectDefinition) -> None:
             f"An effect is given whole rows: leave `select` and `distinct` out of\n{query}",
             code="unsupported_query",
         )
-    for bound in ("max_running", "lease_ms", "processes"):
-        if getattr(definition, bound) < 1:
-            raise ConfigError(f"{bound} is 1 or more.", code="invalid_bound")
-    if definition.timeout_ms is not None and definition.timeout_ms < 1:
-        raise ConfigError("timeout_ms is 1 or more, or None.", code="invalid_bound")
-    if definition.grace_ms < 0:
-        raise ConfigError("grace_ms is 0 or more.", code="invalid_bound")
+    check_bounds(definition, "max_running", "lease_ms", "processes", least=1)
+    check_bounds(definition, "timeout_ms", least=1, may_be_none=True)
+    check_bounds(definition, "grace_ms", least=0)
     for option, allowed in (
         ("late_results", get_args(LateResults)),
         ("placement", get_args(Placement)),

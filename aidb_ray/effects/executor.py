@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from aidb_ray.contracts import AgentMessage
 from aidb_ray.database import Database
 from aidb_ray.effects.definition import (
+    ONCE,
     EffectDefinition,
-    EffectRetry,
     InDoubt,
     LateResults,
     Placement,
@@ -24,6 +24,7 @@ from aidb_ray.effects.tools import TERMINAL, DurableTool, field_of
 from aidb_ray.errors import ConfigError
 from aidb_ray.models.tools import Tool, ToolContext, check_tools
 from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.retry import Retry
 from aidb_ray.store.changes import Insert
 from aidb_ray.store.rows import codec_of
 
@@ -44,7 +45,7 @@ def create_tool_execution_effect(
     lease_ms: int = 30_000,
     timeout_ms: int | None = None,
     grace_ms: int = 5_000,
-    retry: EffectRetry | None = None,
+    retry: Retry = ONCE,
     late_results: LateResults = "discard",
     on_in_doubt: InDoubt | Reconcile = "retry",
     placement: Placement = "actor",
@@ -123,7 +124,7 @@ def create_tool_execution_effect(
             lease_ms=lease_ms,
             timeout_ms=timeout_ms,
             grace_ms=grace_ms,
-            retry=retry or EffectRetry(),
+            retry=retry,
             late_results=late_results,
             on_in_doubt=on_in_doubt,
             placement=placement,

@@ -8,8 +8,8 @@ from typing import Any
 
 from aidb_ray.database import Database
 from aidb_ray.effects.definition import (
+    ONCE,
     EffectDefinition,
-    EffectRetry,
     InDoubt,
     LateResults,
     Placement,
@@ -21,6 +21,7 @@ from aidb_ray.errors import ModelError
 from aidb_ray.models.round import Round
 from aidb_ray.models.tools import ToolContext
 from aidb_ray.query.builder import Query, QueryRoot, build
+from aidb_ray.retry import Retry
 
 
 def create_generation_effect(
@@ -36,7 +37,7 @@ def create_generation_effect(
     lease_ms: int = 30_000,
     timeout_ms: int | None = None,
     grace_ms: int = 5_000,
-    retry: EffectRetry | None = None,
+    retry: Retry = ONCE,
     late_results: LateResults = "discard",
     on_in_doubt: InDoubt | Reconcile = "retry",
     placement: Placement = "actor",
@@ -94,7 +95,7 @@ def create_generation_effect(
             lease_ms=lease_ms,
             timeout_ms=timeout_ms,
             grace_ms=grace_ms,
-            retry=retry or EffectRetry(),
+            retry=retry,
             late_results=late_results,
             on_in_doubt=on_in_doubt,
             placement=placement,

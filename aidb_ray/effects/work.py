@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
-from tenacity.wait import wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from aidb_ray import crash_points
 from aidb_ray.effects.definition import EffectDefinition
@@ -242,14 +242,13 @@ class RowWork:
         """Run the handler, and again if it raised something that may pass."""
         definition = self._definition
         row, retry = self.row, definition.retry
-        pause = wait_exponential_jitter(
-            multiplier=retry.first_pause_ms / 1000,
-            max=retry.longest_pause_ms / 1000,
-            jitter=retry.first_pause_ms / 1000,
-        )
+
+        def pause_s(state: RetryCallState) -> float:
+            return retry.pause_ms(state.attempt_number, jitter=random.random()) / 1000  # noqa: S311
+
         async for attempt in AsyncRetrying(
             stop=stop_after_attempt(retry.max_attempts),
-            wait=pause,
+            wait=pause_s,
             retry=retry_if_exception(_may_pass),
             reraise=True,
         ):

@@ -31,9 +31,10 @@ from aidb_ray.agents.cycle import (
     advance,
     resume,
 )
-from aidb_ray.agents.definition import Retry, UsageLimits
+from aidb_ray.agents.definition import UsageLimits
 from aidb_ray.agents.rows import GenerationRow, UsageRow
 from aidb_ray.models.base import ToolCallRequest, Usage
+from aidb_ray.retry import Retry
 
 RETRY = Retry(max_attempts=3, first_pause_ms=10, longest_pause_ms=40, max_interruptions=5)
 

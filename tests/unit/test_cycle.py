@@ -33,9 +33,10 @@ from aidb_ray.agents.cycle import (
 from aidb_ray.agents.cycle import (
     TRANSITIONS as TABLE,
 )
-from aidb_ray.agents.definition import Retry, UsageLimits
+from aidb_ray.agents.definition import UsageLimits
 from aidb_ray.agents.rows import GenerationRow, UsageRow
 from aidb_ray.models.base import ToolCallRequest, Usage
+from aidb_ray.retry import Retry
 
 RETRY = Retry(max_attempts=3, first_pause_ms=100, longest_pause_ms=1_000)
 LIMITS = Limits(max_rounds=3, retry=RETRY)

@@ -18,10 +18,10 @@ from aidb_ray import (
     ConfigError,
     Database,
     Effect,
-    EffectRetry,
     EffectStatus,
     Happened,
     QueryError,
+    Retry,
     ToolCall,
     ToolContext,
     ToolError,
@@ -281,7 +281,7 @@ async def test_a_tool_that_raises_is_tried_again(calls: Collection[ToolCall]) ->
         return await ctx.step("paid", lambda: "paid once")
 
     await calls.insert(pending("a"))
-    retry = EffectRetry(max_attempts=3, first_pause_ms=1, longest_pause_ms=1)
+    retry = Retry(max_attempts=3, first_pause_ms=1, longest_pause_ms=1)
     async with start(calls, flaky, retry=retry):
         row = await ended(calls, "a")
 
@@ -297,7 +297,7 @@ async def test_what_a_tool_says_itself_is_not_tried_again(calls: Collection[Tool
         raise ToolError("no such customer", code="no_customer")
 
     await calls.insert(pending("a"))
-    async with start(calls, refuse, retry=EffectRetry(max_attempts=5, first_pause_ms=1)):
+    async with start(calls, refuse, retry=Retry(max_attempts=5, first_pause_ms=1)):
         row = await ended(calls, "a")
 
     assert (row.error_code, tries) == ("no_customer", 1)
@@ -622,7 +622,7 @@ async def test_a_row_that_ends_its_processes_fails_in_the_end(
     db: Database, calls: Collection[ToolCall]
 ) -> None:
     door = Door()
-    async with start(calls, door, lease_ms=300, retry=EffectRetry(max_interruptions=4)) as effect:
+    async with start(calls, door, lease_ms=300, retry=Retry(max_interruptions=4)) as effect:
         await calls.insert(pending("deadly"))
         for _ in range(4):
             await asyncio.wait_for(door.began.wait(), SOON_S)

@@ -21,7 +21,7 @@ PACKAGE = Path(aidb_ray.__file__).parent
 # Lowest first. A module imports only from levels below its own and from its own package.
 LEVELS = (
     {"errors"},
-    {"contracts", "crash_points", "expressions"},
+    {"contracts", "crash_points", "expressions", "retry"},
     {"runtime"},
     {"store"},
     {"models", "query"},
