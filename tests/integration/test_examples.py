@@ -13,7 +13,7 @@ import pytest
 import aidb_ray
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("0*.py"))
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("[01]*.py"))
 
 pytestmark = pytest.mark.ray
 
