@@ -276,6 +276,7 @@ def test_every_figure_that_the_project_promises_has_a_benchmark() -> None:
         "cancel",
         "turns",
         "tools",
+        "effects",
         "chunks",
         "replay",
         "queries",
