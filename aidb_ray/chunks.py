@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from aidb_ray.contracts import Chunk
-from aidb_ray.errors import ConfigError, ConflictError, ContractError, UnavailableError
+from aidb_ray.errors import (
+    ConfigError,
+    ConflictError,
+    ContractError,
+    KeyMissingError,
+    UnavailableError,
+)
 from aidb_ray.store.changes import (
     CHUNKS,
     Append,
@@ -25,6 +31,7 @@ from aidb_ray.store.changes import (
     ChunkSlice,
     Filter,
     FoundRow,
+    Need,
     Runner,
     decode_slice,
 )
@@ -237,7 +244,10 @@ class ChunkFlusher:
             return
         append, columns = taken
         try:
-            sent = self._client.commit([append], chunks=columns, runner=self._open.get(buffer))
+            runner = self._open.get(buffer)
+            sent = self._client.commit(
+                [append], chunks=columns, runner=runner, needs=_needs(append, runner)
+            )
         except UnavailableError as error:
             self._note(buffer, error)
         else:
@@ -264,6 +274,13 @@ class ChunkFlusher:
                 self._note(buffer, error)
         if self._open:
             self._arm()
+
+
+def _needs(append: Append, runner: Runner | None) -> tuple[Need, ...]:
+    """Return the row that chunks of an agent are of: they must not outlive it."""
+    if runner is None:
+        return ()
+    return (Need(append.session, "generations", append.generation_id),)
 
 
 class ChunkCollection:
@@ -534,6 +551,9 @@ async def replay(
         after_index: Begin after this one.
         follow: Whether to wait for chunks that are still to come.
         attempts: `"last"` leaves out what earlier attempts wrote.
+
+    Raises:
+        KeyMissingError: `gone`: the stream was deleted while it was followed.
     """
     begin = 0 if after_index is None else after_index + 1
     async for part in follow_slices(
@@ -599,11 +619,15 @@ async def follow_slices(
     client = chunks.site.client
     # Stands for slices that were not heard: they lie in the store.
     gap = ChunkSlice(generation_id, 0, 1 << 62, EMPTY)
-    inbox: deque[ChunkSlice] = deque()
+    inbox: deque[ChunkSlice | None] = deque()
     arrived = asyncio.Event()
 
     def hear(changes: Sequence[Change]) -> None:
-        inbox.extend(decode_slice(c.value) for c in changes if c.value and c.key == generation_id)
+        inbox.extend(
+            None if change.value is None else decode_slice(change.value)
+            for change in changes
+            if change.key == generation_id
+        )
         if len(inbox) > MAX_UNREAD_SLICES:
             # Stored chunks can be read again, so what waits may go.
             inbox.clear()
@@ -626,6 +650,13 @@ async def follow_slices(
         while follow and not reader.closes:
             while inbox:
                 part = inbox.popleft()
+                if part is None:
+                    raise KeyMissingError(
+                        f"The chunks of {generation_id!r} were deleted.",
+                        code="gone",
+                        collection=CHUNKS,
+                        key=generation_id,
+                    )
                 if part.index > reader.index:
                     # The feed began later than it should, or dropped some: they are stored.
                     async for stored in reader.slices():

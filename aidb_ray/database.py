@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Hashable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from aidb_ray.contracts import (
     is_valid_name,
 )
 from aidb_ray.errors import (
+    CompactedError,
     ConfigError,
     StorageError,
     StoreLockedError,
@@ -37,7 +38,7 @@ from aidb_ray.errors import (
 from aidb_ray.expressions import Migrate
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
-from aidb_ray.store.changes import bucket_of
+from aidb_ray.store.changes import DeleteSession, bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.holders import Holders, holders_of
@@ -601,6 +602,37 @@ class Session:
         return self.database.collection(
             name, schema, key=key, session=self.url, version=version, migrate=migrate
         )
+
+    async def delete(self) -> None:
+        """Remove every row, chunk stream and claim of the session, durably, in one commit.
+
+        Readers hear of each row that it goes; followed streams end with `KeyMissingError`
+        (`gone`). An agent or effect at work in it is refused at its next commit and stops; nothing
+        of what it had under way comes back. Writes that this process has made to the session are
+        waited for first. Deleting a session that holds nothing is no error, and one that is
+        written to afterwards begins anew. Other sessions that share chunks with it keep them.
+
+        Its bytes leave the disk later: those of rows when two more snapshots have been taken,
+        those of chunks with the next compaction of their file.
+
+        Raises:
+            ConfigError: `in_transaction`: a transaction of the session is open here.
+            UnavailableError: the store does not answer; sending it again does no harm.
+        """
+        group = current_group.get()
+        if group is not None and group.is_open and group.session == self.url:
+            raise ConfigError(
+                "A session is deleted in a commit of its own, not in a transaction.",
+                code="in_transaction",
+            )
+        await self.database.connected()
+        site = self.database.site_of(self.url)
+        await site.drain()
+        revision = await site.client.commit([DeleteSession(self.url)])
+        site.writes.delete_session(self.url, revision)
+        with suppress(CompactedError):
+            # A reader that begins anew sees it, too.
+            await site.client.feed.reached(revision)
 
 
 class _Connecting(Coroutine[Any, Any, "Database"]):

@@ -10,7 +10,7 @@ import msgspec
 
 from aidb_ray.agents.rows import GenerationRow, ToolCallRow, encode_row
 from aidb_ray.chunks import ChunkBuffer, Ending
-from aidb_ray.store.changes import Append, Insert, Mutation, Update
+from aidb_ray.store.changes import Append, Insert, Mutation, Need, Update
 from aidb_ray.store.columns import EMPTY
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Commits:
-    """Writes for one generation, fenced by the shard's epoch.
+    """Writes for one generation, fenced by the shard's epoch; refused once its row is gone.
 
     Attributes:
         generation: The row as it is written, or on its way.
@@ -56,6 +56,7 @@ class Commits:
         *,
         ending: Ending | None = None,
         takes_chunks: bool = False,
+        needs: tuple[Need, ...] | None = None,
     ) -> None:
         """Make a commit; once it is durable, `know` takes it into what this process knows.
 
@@ -66,12 +67,13 @@ class Commits:
             know: Hears the revision.
             ending: Closes the generation's stream of chunks.
             takes_chunks: Whether the chunks so far go with it.
+            needs: See `send`.
         """
         taken = self._take(ending) if takes_chunks else None
         if taken is None:
-            sent = self.send(mutations)
+            sent = self.send(mutations, needs=needs)
         else:
-            sent = self.send([taken[0], *mutations], taken[1])
+            sent = self.send([taken[0], *mutations], taken[1], needs=needs)
         try:
             revision = await asyncio.shield(sent)
         except asyncio.CancelledError:
@@ -84,12 +86,25 @@ class Commits:
         know(revision)
 
     def send(
-        self, mutations: Sequence[Mutation], columns: ChunkColumns = EMPTY
+        self,
+        mutations: Sequence[Mutation],
+        columns: ChunkColumns = EMPTY,
+        *,
+        needs: tuple[Need, ...] | None = None,
     ) -> asyncio.Future[int]:
-        """Send a commit. Commits of one process keep their order."""
+        """Send a commit. Commits of one process keep their order.
+
+        It `needs` rows to be there, by default that of the generation: rows of a session that was
+        deleted meanwhile must not come back.
+        """
+        if needs is None:
+            needs = (Need(self._session, "generations", self.generation.id),)
         shard = self._shard
-        self._sent = shard.client.commit(mutations, chunks=columns, runner=shard.runner)
-        return self._sent
+        sent = shard.client.commit(mutations, chunks=columns, runner=shard.runner, needs=needs)
+        # Whoever waits for it may be cancelled; what follows a refused one is refused as well.
+        sent.add_done_callback(lambda sent: sent.cancelled() or sent.exception())
+        self._sent = sent
+        return sent
 
     async def settled(self) -> None:
         """Wait until all that was sent has its outcome."""

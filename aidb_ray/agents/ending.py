@@ -288,4 +288,9 @@ def is_of_store(error: Exception) -> bool:
     """Whether it tells of the store and not of a mistake in the user's functions."""
     if isinstance(error, ConflictError):
         return error.collection == CHUNKS
-    return isinstance(error, UnavailableError | FencedError | StorageError)
+    return isinstance(error, UnavailableError | FencedError | StorageError) or is_gone(error)
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether it says that what the work was for has been deleted, so that it must stop."""
+    return isinstance(error, KeyMissingError) and error.code == "gone"

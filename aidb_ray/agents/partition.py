@@ -16,6 +16,7 @@ from aidb_ray.agents.assignment import Assignment, Shard
 from aidb_ray.agents.calls import are_asking, is_deferred, standings
 from aidb_ray.agents.cancels import CancelOrder, CancelOrders
 from aidb_ray.agents.definition import AgentDefinition
+from aidb_ray.agents.ending import is_gone
 from aidb_ray.agents.groups import RowGroups
 from aidb_ray.agents.parking import Parking
 from aidb_ray.agents.recorder import SilenceLimit
@@ -205,6 +206,8 @@ class PartitionWork:
             state = states.find(session)
             if state is not None:
                 state.put_message(key, change.revision, value)
+                if value is None:
+                    self._hear_deleted(session, state)
             message = None if value is None else _parse_message(value)
             if delegates and message is not None and self._is_reply_to_us(message):
                 self._hear_for(session, change.revision)
@@ -214,6 +217,30 @@ class PartitionWork:
             else:
                 queue.put(session, key, not_before_ms=due_ms, now_ms=now)
         self._dispatch()
+
+    def _hear_deleted(self, session: str, state: SessionState) -> None:
+        """Take in that a message is gone, and perhaps the session: then what is known is old."""
+        worker = self._runs.get(session)
+        if worker is None:
+            self._states.forget(session)
+            return
+        run = worker.run
+        if run is not None and run.answered and state.messages.keys().isdisjoint(run.answered):
+            self._spawn(self._stop_if_gone(session, run))
+
+    async def _stop_if_gone(self, session: str, run: GenerationRun) -> None:
+        """Abort a run whose session was deleted: it may be waiting for a model for long."""
+        if not run.generation_id:
+            return  # It begins with a commit that needs the messages.
+        try:
+            found = await self._client.find(session, "generations", run.generation_id)
+        except AidbError:
+            # Its next commit is refused in any case.
+            logger.debug("it is not known whether %s was deleted", session)
+        else:
+            worker = self._runs.get(session)
+            if found is None and worker is not None and worker.run is run:
+                run.cancel("deleted")
 
     def _due_ms(self, message: MessageRow) -> int | None:
         """Return when a message is due, None if it asks nothing of this agent."""
@@ -233,9 +260,13 @@ class PartitionWork:
         )
 
     def _hear_query(self, events: Sequence[RowEvent]) -> None:
+        gone = {event.key for event in events if event.row is None}
         for key, left, joined in self._groups.advance(events):
             if left is not None and left != joined:
                 self._discard(left, key)
+                if key in gone and left not in self._runs:
+                    # Perhaps with its session: then what is known is old.
+                    self._states.forget(left)
             if joined is not None:
                 self.queue.put(joined, key)
                 if not self._is_started:
@@ -391,10 +422,14 @@ class PartitionWork:
         except UnavailableError:
             logger.exception("the store does not answer; the session is tried again")
             self._rest(session)
-        except Exception:
-            # Something that was not foreseen: the rows stay, others go on.
-            logger.exception("a generation could not be run", extra={"session": session})
-            self._rest(session)
+        except Exception as error:
+            if is_gone(error):
+                logger.info("what was worked on is gone: %s", error, extra={"session": session})
+                self._states.forget(session)
+            else:
+                # Something that was not foreseen: the rows stay, others go on.
+                logger.exception("a generation could not be run", extra={"session": session})
+                self._rest(session)
         else:
             self._failures.pop(session, None)
             return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from aidb_ray.database import Partition
 
 _ENDS = tuple(status.value for status in GenerationStatus if status.is_terminal)
+T = TypeVar("T")
+
+LOOK_AGAIN_MS = 30_000
 _MAX_REPLIES = 10_000
 
 
@@ -228,12 +231,27 @@ class ReplyHandle:
             RunCancelledError: it was cancelled.
             TimeoutError: there was no reply within `timeout_ms`; it may still come.
             ConflictError: `message_differs`: there is another message with this `message_id`.
+            KeyMissingError: the message was deleted; that is noticed within half a minute.
             UnavailableError: the message could not be written.
             AidbError: there is no reply yet, and the agent could not be started.
         """
         async with nullcontext() if timeout_ms is None else asyncio.timeout(timeout_ms / 1000):
             await self._be_sure()
-            return await asyncio.shield(self._expected)
+            return await self._while_asked(self._expected)
+
+    async def _while_asked(self, awaited: asyncio.Future[T]) -> T:
+        """Wait for a future, unless the message that it depends on is deleted meanwhile.
+
+        Nobody tells of that, so the store is asked now and then; it also finds what was missed.
+
+        Raises:
+            KeyMissingError: the message is gone.
+        """
+        while not awaited.done():
+            await asyncio.wait([awaited], timeout=LOOK_AGAIN_MS / 1000)
+            if not awaited.done():
+                await self._replies.look_up(self.session, self.message_id)
+        return awaited.result()
 
     async def _be_sure(self) -> None:
         """Make sure that the message is there and that its answer is heard or found."""
@@ -289,6 +307,6 @@ class ReplyHandle:
         feed = self._agent.database.site_of(self.session).client.feed
         subscription = feed.subscribe(Filter("generations", self.session), hear, see)
         try:
-            return await found
+            return await self._while_asked(found)
         finally:
             feed.unsubscribe(subscription)

@@ -30,7 +30,14 @@ from aidb_ray.agents.calls import (
 from aidb_ray.agents.commits import Commits
 from aidb_ray.agents.continuation import put_taken_over, read_newest_round
 from aidb_ray.agents.cycle import Cycle, End, Limits, OutputRefused, RoundFailed, RoundFinished
-from aidb_ray.agents.ending import Ending, code_of, in_words, is_of_store, to_usage_row
+from aidb_ray.agents.ending import (
+    Ending,
+    code_of,
+    in_words,
+    is_gone,
+    is_of_store,
+    to_usage_row,
+)
 from aidb_ray.agents.parking import Waiting
 from aidb_ray.agents.recorder import Recorder
 from aidb_ray.agents.rows import GenerationRow, now_ms, now_text, random_id, time_ms
@@ -42,7 +49,7 @@ from aidb_ray.models.base import Usage as ModelUsage
 from aidb_ray.models.chat import MAX_OUTPUT_REPAIRS, parse_output
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Record, Tool
-from aidb_ray.store.changes import Mutation
+from aidb_ray.store.changes import Mutation, Need
 from aidb_ray.store.rows import codec_of
 from aidb_ray.store.transaction import Intent
 
@@ -240,6 +247,7 @@ class GenerationRun:
             generation, next_index = self._new_generation(), 0
             self._cycle = Cycle(generation.id)
             mutation: Mutation = self._commits.insert("generations", generation.id, generation)
+            needs: tuple[Need, ...] | None = self._asked()
         else:
             command = self._resume(found)
             if isinstance(command, machine.Wait):
@@ -256,6 +264,7 @@ class GenerationRun:
                 await self._take_up_round(found)
             generation = self._next_attempt(found)
             mutation = self._commits.update("generations", generation)
+            needs = None
         commits = self._commits
         commits.keep(generation)
         buffer = commits.buffer = ChunkBuffer(
@@ -268,13 +277,26 @@ class GenerationRun:
         is_suspicious = found is not None or self._assignment.is_leftover
         if is_suspicious and isinstance(command, machine.AskModel):
             # Durable before the user's code runs, or the processes it ends could not be counted.
-            await commits.write([mutation], lambda _: None)
+            await commits.write([mutation], lambda _: None, needs=needs)
         else:
             # The model may be called before this is durable: commits of one client keep their
             # order, so if this one is refused, so is what follows.
-            commits.send([mutation]).add_done_callback(_retrieve)
+            commits.send([mutation], needs=needs).add_done_callback(_retrieve)
         shard.flusher.open(buffer, shard.runner)
         return command
+
+    def _asked(self) -> tuple[Need, ...]:
+        """Return the rows to answer, as they were read: it is them that a new generation is for."""
+        if self._definition.pending_work is None:
+            known = self._state.messages
+            return tuple(
+                Need(self._session, "messages", key, known[key].revision)
+                for key in self._pending
+                if key in known
+            )
+        assert self._shard.view is not None
+        collection = self._shard.view.filter.collection
+        return tuple(Need(self._session, collection, key) for key in self._pending)
 
     def _new_generation(self) -> GenerationRow:
         now = now_text()
@@ -521,7 +543,7 @@ def _retrieve(started: asyncio.Future[int]) -> None:
     # A refusal shows again in the commit that follows; here it must only not be "never retrieved".
     if not started.cancelled():
         error = started.exception()
-        if error is not None and not isinstance(error, FencedError):
+        if error is not None and not isinstance(error, FencedError) and not is_gone(error):
             logger.warning("a generation could not be started: %s", error)
 
 

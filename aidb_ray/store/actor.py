@@ -505,6 +505,9 @@ class StoreActor:
 
     def _apply(self, plan: Plan, place: tuple[int, int]) -> None:
         entries = self._tables.apply(plan, place)
+        if self._options.durability == "memory" and (garbage := self._tables.garbage()):
+            dropped = self._log.compact(garbage)
+            self._tables.forget_garbage(dropped, self._tables.revision)
         self._tables.evict(self._options.max_resident_bytes)
         self._feed.extend(entries, self._tables.revision)
         self._reader.indexes.hear(entries)

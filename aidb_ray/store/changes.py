@@ -162,8 +162,27 @@ class Disown(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
     holder: str
 
 
+class DeleteSession(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
+    """Remove all that a session holds: rows, streams and claims. The only mutation of its commit.
+
+    It never conflicts, and a session that holds nothing may be deleted. One that is written to
+    afterwards begins anew.
+    """
+
+    session: str
+
+
 Mutation: TypeAlias = (
-    Insert | Update | Delete | Append | ClaimBuckets | Claim | Renew | Release | Disown
+    Insert
+    | Update
+    | Delete
+    | Append
+    | ClaimBuckets
+    | Claim
+    | Renew
+    | Release
+    | Disown
+    | DeleteSession
 )
 
 
@@ -183,12 +202,29 @@ class Runner(msgspec.Struct, frozen=True, array_like=True, gc=False):
     epoch: int
 
 
+class Need(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row that a commit takes for granted; refused (`gone`) unless it is there.
+
+    Whoever works on rows that may be deleted meanwhile names one, for its commit may bring new
+    rows only, which would outlive what they belong to.
+
+    Attributes:
+        base: Revision that must have written it, 0 for any.
+    """
+
+    session: str
+    collection: str
+    key: str
+    base: int = 0
+
+
 class Commit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Mutations that become durable and visible together, or not at all."""
 
     mutations: tuple[Mutation, ...]
     runner: Runner | None = None
     held: Held | None = None
+    needs: tuple[Need, ...] = ()
 
 
 class ChunkColumns(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -238,6 +274,13 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
             case "missing":
                 return KeyMissingError(
                     f"{row} does not exist. Insert it first.",
+                    collection=self.collection,
+                    key=self.key,
+                )
+            case "gone":
+                return KeyMissingError(
+                    f"{row}, on which this was working, is there no more. Stop.",
+                    code="gone",
                     collection=self.collection,
                     key=self.key,
                 )
@@ -292,6 +335,11 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     our_epoch=0,
                     current_epoch=0,
                     code="unknown_holder",
+                )
+            case "not_alone":
+                return ContractError(
+                    "What concerns a whole session is the only mutation of its commit.",
+                    code="not_alone",
                 )
             case "sequence_gap":
                 return ConflictError(

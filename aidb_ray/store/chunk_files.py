@@ -1,7 +1,8 @@
 """Chunks at rest: read by position, and kept when compaction drops a segment's rows.
 
 A position stays valid. What compaction leaves of a segment is a file of its chunks, each frame
-under its old position; it begins with a HEAD frame that lists where each lay and lies now.
+under its old position; it begins with a HEAD frame that lists where each lay and lies now. Chunks
+that no stream refers to are erased from their frame, whose other chunks keep their places in it.
 """
 
 # The stubs of pyarrow leave parts of many overloads unknown.
@@ -12,16 +13,17 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Final, TypeAlias
 
 import pyarrow as pa
 
 from aidb_ray.errors import CorruptionError
+from aidb_ray.store.columns import erase, from_arrow, to_arrow
 from aidb_ray.store.files import FileSystem, write_all
 from aidb_ray.store.frames import (
     CHUNK_SCHEMA,
@@ -46,6 +48,7 @@ from aidb_ray.store.segments import (
     chunks_path,
     segment_path,
 )
+from aidb_ray.store.streams import Span
 
 _INDEX: Final = struct.Struct("<QQ")  # Number of frames, size of the file.
 _ENTRY: Final = struct.Struct("<QQ")  # Offset in the segment, offset in this file.
@@ -56,19 +59,76 @@ _FIRST_READ_BYTES: Final = 16 << 10
 _NO_CHUNKS: Final = pa.RecordBatch.from_pylist([], schema=CHUNK_SCHEMA)
 
 
+Erased: TypeAlias = Mapping[int, Sequence[Span]]
+"""By the offset of a frame in its segment, its chunks that are not kept."""
+
+_ChunkFrame: TypeAlias = tuple[int, FrameHeader, pa.Buffer]
+"""(offset in the segment, header, serialized chunks)"""
+
+
 def keep_chunks(
-    files: FileSystem, directory: Path, reader: SegmentReader, head: SegmentHead, end: int
+    files: FileSystem,
+    directory: Path,
+    reader: SegmentReader,
+    head: SegmentHead,
+    end: int,
+    erased: Erased,
 ) -> int:
     """Write the chunks of a segment to a file of their own; durable when it returns.
 
-    Returns how many frames have chunks; with none there is no file. Holds one frame in memory.
+    Returns how many frames have chunks that are kept; with none there is no file. Holds one frame
+    in memory.
 
     Raises:
         CorruptionError: a frame is damaged. No file was made.
     """
+
+    def frames() -> Iterator[_ChunkFrame]:
+        return _without(_frames_of_segment(reader, head, end), erased)
+
+    return _write(files, directory, reader.number, reader.salt, frames)
+
+
+def erase_chunks(
+    files: FileSystem, directory: Path, number: int, salt: int, erased: Erased
+) -> None:
+    """Write the file of a compacted segment's chunks anew without some; none is left if all go.
+
+    The old file stays until the new one is durable. Does nothing if there is no file.
+
+    Raises:
+        CorruptionError: a frame, or the index, is damaged. The old file was left alone.
+    """
+    path = chunks_path(directory, number)
+    try:
+        fd = files.open(path)
+    except FileNotFoundError:
+        return
+    try:
+        index = _ChunkIndex(files, directory, number, salt)
+
+        def frames() -> Iterator[_ChunkFrame]:
+            return _without(_frames_of_file(files, fd, path, number, salt, index), erased)
+
+        kept = _write(files, directory, number, salt, frames)
+    finally:
+        files.close(fd)
+    if not kept:
+        files.unlink(path)
+        files.sync_directory(directory)
+
+
+def _write(
+    files: FileSystem,
+    directory: Path,
+    number: int,
+    salt: int,
+    frames: Callable[[], Iterator[_ChunkFrame]],
+) -> int:
+    """Write a file of the chunks that `frames` gives, twice the same, and return how many."""
     sizes = [
         (offset, frame_size(joined_size(0, chunks.size)), header)
-        for offset, header, chunks in _chunk_frames(reader, head, end)
+        for offset, header, chunks in frames()
     ]
     if not sizes:
         return 0
@@ -81,8 +141,8 @@ def keep_chunks(
             _INDEX.pack(len(sizes), places[-1])
             + b"".join(_ENTRY.pack(line[0], at) for line, at in zip(sizes, places, strict=False))
         ),
-        salt=_chunk_salt(reader.salt),
-        segment=reader.number,
+        salt=_chunk_salt(salt),
+        segment=number,
         offset=0,
         first_revision=first.first_revision,
         commits=last.next_revision - first.first_revision,
@@ -91,15 +151,15 @@ def keep_chunks(
         committed=last.committed,
         prev_chain=_NO_CHAIN,
     )
-    path = chunks_path(directory, reader.number)
+    path = chunks_path(directory, number)
     draft = path.with_name(path.name + ".tmp")
     fd = files.open(draft, write=True, create=True)
     try:
         write_all(files, fd, index, 0)
-        for at, frame in zip(places, _chunk_frames(reader, head, end), strict=False):
-            write_all(files, fd, _encode_chunks(reader, at, *frame), at)
+        for at, frame in zip(places, frames(), strict=False):
+            write_all(files, fd, _encode_chunks(salt, number, at, *frame), at)
         files.sync_data(fd)
-    except OSError:
+    except (OSError, CorruptionError):
         with suppress(OSError):
             files.unlink(draft)
         raise
@@ -110,9 +170,7 @@ def keep_chunks(
     return len(sizes)
 
 
-def _chunk_frames(
-    reader: SegmentReader, head: SegmentHead, end: int
-) -> Iterator[tuple[int, FrameHeader, pa.Buffer]]:
+def _frames_of_segment(reader: SegmentReader, head: SegmentHead, end: int) -> Iterator[_ChunkFrame]:
     walk = SegmentWalk(reader, head, end)
     for offset, header, payload in walk:
         chunks = split_payload(payload)[1]
@@ -128,14 +186,36 @@ def _chunk_frames(
         )
 
 
+def _frames_of_file(
+    files: FileSystem, fd: int, path: Path, number: int, salt: int, index: _ChunkIndex
+) -> Iterator[_ChunkFrame]:
+    for offset, lies_at in index.entries():
+        header, payload = _read_frame(files, fd, path, Position(number, offset), lies_at, salt)
+        yield offset, header, split_payload(payload)[1]
+
+
+def _without(frames: Iterator[_ChunkFrame], erased: Erased) -> Iterator[_ChunkFrame]:
+    """Yield frames as they are without what is erased; those that are empty then not at all."""
+    for offset, header, chunks in frames:
+        spans = erased.get(offset)
+        if not spans:
+            yield offset, header, chunks
+            continue
+        batch = decode_chunks(chunks)
+        assert batch is not None
+        kept = erase(from_arrow(batch), [(span.start, span.count) for span in spans])
+        if kept is not None:
+            yield offset, header, to_arrow([kept]).serialize()
+
+
 def _encode_chunks(
-    reader: SegmentReader, lies_at: int, offset: int, header: FrameHeader, chunks: pa.Buffer
+    salt: int, number: int, lies_at: int, offset: int, header: FrameHeader, chunks: pa.Buffer
 ) -> bytes:
     frame, _ = encode_frame(
         FrameKind.CHUNKS,
         join_payload(b"", chunks),
-        salt=reader.salt,
-        segment=reader.number,
+        salt=salt,
+        segment=number,
         offset=offset,
         first_revision=header.first_revision,
         commits=header.commits,
@@ -146,6 +226,28 @@ def _encode_chunks(
         lies_at=lies_at,
     )
     return frame
+
+
+def _read_frame(
+    files: FileSystem, fd: int, path: Path, position: Position, lies_at: int, salt: int
+) -> tuple[FrameHeader, memoryview]:
+    """Return header and payload of the frame that lies at `lies_at`, checked."""
+    data = files.read(fd, _FIRST_READ_BYTES, lies_at)
+    header = decode_header(data, 0, salt=salt, segment=position.segment, offset=position.offset)
+    if header is not None:
+        missing = HEADER_SIZE + header.payload_size - len(data)
+        if missing > 0:
+            data += files.read(fd, missing, lies_at + len(data))
+        payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_size]
+        if is_intact(payload, header):
+            return header, payload
+    raise CorruptionError(
+        f"{str(path)!r} is damaged at byte {lies_at}. The chunks were not served.",
+        file=str(path),
+        offset=lies_at,
+        first_revision=header.first_revision if header else 0,
+        last_revision=header.next_revision - 1 if header else 0,
+    )
 
 
 class _ChunkIndex:
@@ -172,6 +274,10 @@ class _ChunkIndex:
         entries = list(_ENTRY.iter_unpack(payload[_INDEX.size : end]))
         self._offsets = [entry[0] for entry in entries]
         self._places = [entry[1] for entry in entries]
+
+    def entries(self) -> Iterator[tuple[int, int]]:
+        """Yield where each frame lay in the segment, and where it lies now."""
+        return zip(self._offsets, self._places, strict=True)
 
     def find(self, offset: int) -> int | None:
         """Return where the frame that lay at `offset` lies now."""
@@ -212,6 +318,13 @@ class ChunkReader:
                     self._held -= self._batches.popitem(last=False)[1].nbytes
         return batch
 
+    def forget(self, number: int) -> None:
+        """Forget what was read of a compacted segment: its file is another one."""
+        with self._mutex:
+            self._indexes.pop(number, None)
+            for position in [known for known in self._batches if known.segment == number]:
+                self._held -= self._batches.pop(position).nbytes
+
     def _load(self, position: Position) -> pa.RecordBatch:
         number, offset = position
         path = segment_path(self._directory, number)
@@ -219,12 +332,18 @@ class ChunkReader:
             return self._read_frame(path, position, offset)
         except FileNotFoundError:
             path = chunks_path(self._directory, number)
-        try:
+        with suppress(FileNotFoundError):
             lies_at = self._index(number).find(offset)
-            if lies_at is not None:
-                return self._read_frame(path, position, lies_at)
-        except FileNotFoundError:
-            pass
+            try:
+                if lies_at is not None:
+                    return self._read_frame(path, position, lies_at)
+            except CorruptionError:
+                # Another file may have taken its place since the index was read.
+                self.forget(number)
+                moved_to = self._index(number).find(offset)
+                if moved_to is None or moved_to == lies_at:
+                    raise
+                return self._read_frame(path, position, moved_to)
         raise CorruptionError(
             f"The chunks at byte {offset} of segment {number} are missing from {str(path)!r}.",
             file=str(path),
@@ -245,27 +364,11 @@ class ChunkReader:
     def _read_frame(self, path: Path, position: Position, lies_at: int) -> pa.RecordBatch:
         fd = self._files.open(path)
         try:
-            data = self._files.read(fd, _FIRST_READ_BYTES, lies_at)
-            header = decode_header(
-                data, 0, salt=self._salt, segment=position.segment, offset=position.offset
-            )
-            if header is not None:
-                missing = HEADER_SIZE + header.payload_size - len(data)
-                if missing > 0:
-                    data += self._files.read(fd, missing, lies_at + len(data))
-                payload = memoryview(data)[HEADER_SIZE : HEADER_SIZE + header.payload_size]
-                if is_intact(payload, header):
-                    chunks = decode_chunks(split_payload(payload)[1])
-                    return _NO_CHUNKS if chunks is None else chunks
+            _, payload = _read_frame(self._files, fd, path, position, lies_at, self._salt)
         finally:
             self._files.close(fd)
-        raise CorruptionError(
-            f"{str(path)!r} is damaged at byte {lies_at}. The chunks were not served.",
-            file=str(path),
-            offset=lies_at,
-            first_revision=header.first_revision if header else 0,
-            last_revision=header.next_revision - 1 if header else 0,
-        )
+        chunks = decode_chunks(split_payload(payload)[1])
+        return _NO_CHUNKS if chunks is None else chunks
 
 
 def _chunk_salt(salt: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import msgspec
@@ -212,6 +212,15 @@ class ClaimPlan:
             if record.state == "held":
                 claiming.holds.append((place, record.holder, None))
             end.after = None
+
+    def forget_session(self, session: str, revision: int, records: Iterable[bytes]) -> None:
+        """Give up what is claimed of a session that is deleted; `records` are its claims."""
+        claiming = Claiming()
+        for record in map(decode_claim, records):
+            if record.state == "held":
+                place = (session, record.collection, record.row)
+                claiming.holds.append((place, record.holder, None))
+        self.accept(revision, claiming)
 
     def _claims_of(self, holder: str) -> dict[Place, int]:
         claims = self._claims.get(holder)

@@ -45,6 +45,7 @@ from aidb_ray.store.changes import (
     Held,
     Insert,
     Mutation,
+    Need,
     PollRequest,
     ReadRequest,
     RowPage,
@@ -130,6 +131,7 @@ class StoreClient:
         chunks: ChunkColumns = EMPTY,
         runner: Runner | None = None,
         held: Held | None = None,
+        needs: tuple[Need, ...] = (),
     ) -> asyncio.Future[int]:
         """Send mutations as one commit; the future gives its revision once it is durable.
 
@@ -144,7 +146,8 @@ class StoreClient:
             AidbError: (from the future) the commit was refused, or its outcome is unknown.
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.send(mutations, partial(_resolve, done), chunks=chunks, runner=runner, held=held)
+        told = partial(_resolve, done)
+        self.send(mutations, told, chunks=chunks, runner=runner, held=held, needs=needs)
         return done
 
     def send(
@@ -155,6 +158,7 @@ class StoreClient:
         chunks: ChunkColumns = EMPTY,
         runner: Runner | None = None,
         held: Held | None = None,
+        needs: tuple[Need, ...] = (),
     ) -> None:
         """Send mutations as one commit; calls `on_settled` once, later. See `commit`."""
         if crash_points.dead:
@@ -178,7 +182,7 @@ class StoreClient:
             raise UnavailableError(
                 "The connection was closed; connect again.", outcome="not_applied", code="closed"
             )
-        commit = Commit(tuple(mutations), runner, held)
+        commit = Commit(tuple(mutations), runner, held, needs)
         self._queue.append(_Waiting(commit, chunks, size, on_settled))
         self._queued_bytes += size
         self._made += 1
@@ -467,7 +471,7 @@ def _join(taken: list[_Waiting]) -> tuple[list[Commit], ChunkColumns | None]:
         if chunks.types:
             if count:
                 moved = tuple(_move(mutation, count) for mutation in commit.mutations)
-                commit = Commit(moved, commit.runner, commit.held)
+                commit = msgspec.structs.replace(commit, mutations=moved)
                 ends.extend([size + end for end in memoryview(chunks.ends).cast("i")])
             else:
                 ends.frombytes(chunks.ends)

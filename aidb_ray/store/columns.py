@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from aidb_ray.store.changes import ChunkColumns
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 assert sys.byteorder == "little"
 
 EMPTY = ChunkColumns(b"", b"", b"")
+ERASED = 199
+"""Code of a chunk of which only the place is left. No chunk type has it."""
 
 
 def chunk_count(columns: ChunkColumns) -> int:
@@ -52,6 +54,29 @@ def cut(columns: ChunkColumns, start: int, count: int) -> ChunkColumns:
     return ChunkColumns(
         columns.types[start : start + count], moved.tobytes(), columns.payload[begin:stop]
     )
+
+
+def erase(columns: ChunkColumns, spans: Iterable[tuple[int, int]]) -> ChunkColumns | None:
+    """Return columns without the chunks of `spans` (start, count), whose places stay.
+
+    None if no chunk is left.
+    """
+    types = bytearray(columns.types)
+    for start, count in spans:
+        assert 0 <= start <= start + count <= len(types), (start, count, len(types))
+        types[start : start + count] = bytes([ERASED]) * count
+    if types.count(ERASED) == len(types):
+        return None
+    ends = array("i")
+    kept: list[bytes] = []
+    size = begin = 0
+    for code, end in zip(types, memoryview(columns.ends).cast("i"), strict=True):
+        if code != ERASED:
+            kept.append(columns.payload[begin:end])
+            size += end - begin
+        ends.append(size)
+        begin = end
+    return ChunkColumns(bytes(types), ends.tobytes(), b"".join(kept))
 
 
 def pack(types: Sequence[int], payloads: Sequence[str]) -> ChunkColumns:

@@ -94,6 +94,12 @@ class LocalWrites:
         self._remove(write)
         self._tell(write.where)
 
+    def delete_session(self, session: str, revision: int) -> None:
+        """Count all rows of a session as gone since `revision`."""
+        for where in [where for where in self._durable if where[0] == session]:
+            self._keep(where, revision, None)
+            self._tell(where)
+
     def hear(self, change: Change) -> None:
         """Take in what the feed says of a row that was written here lately."""
         where = (change.session, change.collection, change.key)

@@ -7,7 +7,7 @@ and one sync per frame; whoever sees `append` return may tell others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Final
 import pyarrow as pa
 
 from aidb_ray.errors import CompactedError, CorruptionError, StoreMismatchError
-from aidb_ray.store.chunk_files import ChunkReader, keep_chunks
+from aidb_ray.store.chunk_files import ChunkReader, erase_chunks, keep_chunks
 from aidb_ray.store.directory import (
     DirectoryLock,
     Meta,
@@ -50,6 +50,7 @@ from aidb_ray.store.segments import (
     segment_path,
 )
 from aidb_ray.store.snapshots import Snapshot, Snapshots, SnapshotWriter
+from aidb_ray.store.streams import NO_GARBAGE, Garbage, Span
 from aidb_ray.store.writer import LogWriter
 
 __all__ = [
@@ -336,8 +337,11 @@ class CommitLog:
         """
         return self._snapshots.begin(revision, self._durable_position)
 
-    def compact(self) -> None:
+    def compact(self, garbage: Garbage = NO_GARBAGE) -> set[int]:
         """Drop the rows of segments that both kept snapshots stand for; keep their chunks.
+
+        Chunks that are `garbage` are kept neither in these nor in those that were compacted
+        before; returns the segments that have none of theirs any more.
 
         Blocks for long. Does nothing before there are two snapshots, and checks every block of
         the older one first. An interruption leaves all that was there, or less to do next time.
@@ -348,15 +352,21 @@ class CommitLog:
         """
         older = self._snapshots.fallback
         if older is None:
-            return
+            return set()
         try:
             first = first_needed(self._writer.heads, older.revision)
             if first:
                 older.verify()
+            oldest = self._writer.heads[0].number
             for head, successor in pairwise(self._writer.heads[: first + 1]):
-                self._compact_segment(head, successor.prev_end)
+                self._compact_segment(head, successor.prev_end, garbage)
+            for number in [number for number in garbage if number < oldest]:
+                erased = _by_offset(garbage[number])
+                erase_chunks(self._files, self._home.log, number, self._meta.salt, erased)
+                self._chunks.forget(number)
         except OSError as error:
             raise storage_error(error, "compacting", self._home.log) from error
+        return {number for number in garbage if number < self._writer.heads[0].number}
 
     def close(self) -> None:
         """Note that all is durable, and let other processes open the store. May be repeated."""
@@ -380,14 +390,16 @@ class CommitLog:
             self._lock.release()
             self._lock = None
 
-    def _compact_segment(self, head: SegmentHead, end: int) -> None:
+    def _compact_segment(self, head: SegmentHead, end: int, garbage: Garbage) -> None:
         path = segment_path(self._home.log, head.number)
+        erased = _by_offset(garbage.get(head.number, ()))
         with SegmentReader(self._files, path, head.number, self._meta.salt) as reader:
-            keep_chunks(self._files, self._home.log, reader, head, end)
+            keep_chunks(self._files, self._home.log, reader, head, end, erased)
         # Readers look for the segment first, then for its chunks: no moment has neither.
         self._writer.drop_oldest()
         self._files.unlink(path)
         self._files.sync_directory(self._home.log)
+        self._chunks.forget(head.number)
 
     def _durable_position(self) -> Position:
         tail = self._writer.tail
@@ -439,6 +451,13 @@ class CommitLog:
             f"Start from a snapshot.",
             oldest=oldest,
         )
+
+
+def _by_offset(spans: Iterable[Span]) -> dict[int, list[Span]]:
+    found: dict[int, list[Span]] = {}
+    for span in spans:
+        found.setdefault(span.offset, []).append(span)
+    return found
 
 
 def _check_revision(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from aidb_ray.errors import CompactedError
 from aidb_ray.store.frames import Frame
 from aidb_ray.store.segments import Position
+from aidb_ray.store.streams import NO_GARBAGE, Garbage
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class MemoryLog:
         self._frames = 0
         self._rows = 0
         self._chunks: dict[int, pa.RecordBatch] = {}
+        # How many chunks are no garbage, of frames that have some.
+        self._left: dict[int, int] = {}
 
     @property
     def revision(self) -> int:
@@ -93,8 +96,18 @@ class MemoryLog:
         """See `CommitLog.read_chunks`."""
         return self._chunks[position.offset].slice(start, count)
 
-    def compact(self) -> None:
-        """Do nothing: there are no segments."""
+    def compact(self, garbage: Garbage = NO_GARBAGE) -> set[int]:
+        """Forget the frames of which all chunks are garbage. See `CommitLog.compact`."""
+        for spans in garbage.values():
+            for span in spans:
+                batch = self._chunks.get(span.offset)
+                if batch is None:
+                    continue
+                left = self._left.get(span.offset, batch.num_rows) - span.count
+                self._left[span.offset] = left
+                if left == 0:
+                    del self._chunks[span.offset], self._left[span.offset]
+        return set(garbage)
 
     def close(self) -> None:
         """Forget all chunks."""

@@ -20,6 +20,7 @@ from aidb_ray.store.changes import (
     Commit,
     Committed,
     Delete,
+    DeleteSession,
     Disown,
     Insert,
     Mutation,
@@ -32,10 +33,7 @@ from aidb_ray.store.changes import (
     encode,
 )
 from aidb_ray.store.claim_plan import Claiming, ClaimPlan, Ends
-from aidb_ray.store.claims import (
-    LOG_TICKS_MS,
-    RunnerEpochs,
-)
+from aidb_ray.store.claims import CLAIMS, LOG_TICKS_MS, RunnerEpochs
 from aidb_ray.store.columns import EMPTY
 from aidb_ray.store.tables import (
     APPEND,
@@ -44,17 +42,21 @@ from aidb_ray.store.tables import (
     LEASES,
     PUT,
     REMOVE,
+    REMOVE_SESSION,
     SYSTEM,
     Appended,
     ClientRecord,
     Entry,
     LogColumns,
+    Removed,
     RowEnd,
+    SessionRows,
     Tables,
     Where,
 )
 
 _UNKNOWN = StoredRow(-1, b"")
+_NO_STREAM = (0, "")
 _OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown})
 
 
@@ -171,6 +173,8 @@ class Plan:
             refusal = self._claims.check_held(held, ends)
             if refusal is not None:
                 return refusal
+        if commit.needs and (refusal := self._check_needs(commit)) is not None:
+            return refusal
         for mutation in commit.mutations:
             kind = type(mutation)
             refusal = None
@@ -188,6 +192,8 @@ class Plan:
                     self._claims.forget(mutation, ends, claiming)
             elif isinstance(mutation, Append):
                 refusal = self._plan_append(mutation, chunks, streams)
+            elif isinstance(mutation, DeleteSession):
+                return self._delete_session(mutation.session, revision, commit)
             elif isinstance(mutation, ClaimBuckets):
                 if not 0 <= mutation.low < mutation.high <= BUCKETS:
                     return Refusal("invalid_buckets")
@@ -257,7 +263,7 @@ class Plan:
         state = streams.get(where) or self._streams.get(where)
         if state is None:
             stream = self._tables.session(wanted.session).streams.get(wanted.generation_id)
-            state = (stream.next_index, stream.closes) if stream else (0, "")
+            state = (stream.next_index, stream.closes) if stream else _NO_STREAM
         next_index, closes = state
         if wanted.index < 0:
             return Refusal("invalid_index", CHUNKS, wanted.generation_id, got=wanted.index)
@@ -289,6 +295,57 @@ class Plan:
         row = None if value is None else StoredRow(revision, value)
         self._write(revision, REMOVE if row is None else PUT, SYSTEM, collection, key, value)
         self.system.append((collection, key, row))
+
+    def _check_needs(self, commit: Commit) -> Refusal | None:
+        for need in commit.needs:
+            if commit.runner is not None:
+                refusal = self._fence(commit.runner, need.session)
+                if refusal is not None:
+                    return refusal
+            row = self._look((need.session, need.collection, need.key)).after
+            if row is None or need.base not in (row.revision, 0):
+                return Refusal("gone", need.collection, need.key)
+        return None
+
+    def _delete_session(self, name: str, revision: int, commit: Commit) -> Refusal | None:
+        if len(commit.mutations) > 1:
+            return Refusal("not_alone")
+        if name in ("", SYSTEM):
+            return Refusal("reserved_name")
+        self.revision = revision
+        home = self._tables.session(name)
+        rows, streams = self._rows_of(home), self._streams_of(home)
+        if not rows and not streams:
+            return None
+        removed = Removed({}, streams)
+        for generation_id in streams:
+            self._streams[name, generation_id] = _NO_STREAM
+            self.entries.append(Entry(revision, home, CHUNKS, generation_id, None, None))
+        for where, row in rows.items():
+            _, collection, key = where
+            self._overlay[where] = None
+            self.entries.append(Entry(revision, home, collection, key, row, None))
+            removed.rows.setdefault(collection, []).append(key)
+        self._write(revision, REMOVE_SESSION, name, "", "", encode(removed))
+        claims = [row.value for (_, collection, _), row in rows.items() if collection == CLAIMS]
+        self._claims.forget_session(name, revision, claims)
+        return None
+
+    def _rows_of(self, home: SessionRows) -> dict[Where, StoredRow]:
+        """Return all rows of a session as the earlier commits of this plan leave them."""
+        found: dict[Where, StoredRow | None] = {
+            (home.name, collection, key): row
+            for collection, rows in home.collections.items()
+            for key, row in rows.items()
+        }
+        found.update((where, row) for where, row in self._overlay.items() if where[0] == home.name)
+        return {where: row for where, row in found.items() if row is not None}
+
+    def _streams_of(self, home: SessionRows) -> list[str]:
+        """Return the generations of a session with chunks, those of this plan included."""
+        ids = dict.fromkeys(home.streams)
+        ids.update((key, None) for name, key in self._streams if name == home.name)
+        return [key for key in ids if self._streams.get((home.name, key)) != _NO_STREAM]
 
     def _accept_appends(
         self, mutations: Sequence[Mutation], revision: int, chunks: ChunkColumns

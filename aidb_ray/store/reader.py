@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from heapq import merge
 from typing import TYPE_CHECKING, TypeAlias
 
+from aidb_ray.errors import CorruptionError
 from aidb_ray.store.changes import (
     ChunkPage,
     ChunkRead,
@@ -23,10 +24,11 @@ from aidb_ray.store.changes import (
     SessionsRead,
     bucket_of,
 )
-from aidb_ray.store.columns import from_arrow
+from aidb_ray.store.columns import ERASED, from_arrow
 from aidb_ray.store.indexes import Indexes, PartialIndex, Place
 from aidb_ray.store.matching import RowTest, make_row_test
-from aidb_ray.store.tables import SYSTEM, Run, Tables
+from aidb_ray.store.streams import Run
+from aidb_ray.store.tables import SYSTEM, Tables
 
 if TYPE_CHECKING:
     from aidb_ray.store.log import CommitLog, MemoryLog, Snapshot
@@ -114,6 +116,12 @@ class RowReader:
         place = Position(run.segment, run.offset)
         batch = self._log.read_chunks(place, run.start + skip, run.count - skip)
         columns = from_arrow(batch)
+        if ERASED in columns.types:
+            raise CorruptionError(
+                f"Chunks of {generation_id!r} were erased from segment {run.segment}.",
+                file=f"segment {run.segment}",
+                offset=run.offset,
+            )
         return ChunkSlice(generation_id, run.attempt, run.index + skip, columns, run.types)
 
     async def sessions(self, prefix: str, after: str, limit: int) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aidb_ray.errors import StorageError
@@ -125,8 +126,13 @@ class SnapshotTaker:
         self._newest_bytes = newest.size
         tables.rest_in(newest.load, walked)
         if not self._is_closing:
-            await _in_thread(self._log.compact)
+            await self._compact()
         return newest.revision
+
+    async def _compact(self) -> None:
+        tables = self._tables
+        garbage, revision = tables.garbage(), tables.revision
+        tables.forget_garbage(await _in_thread(partial(self._log.compact, garbage)), revision)
 
     def _dirty_sessions(self, walked: list[str]) -> Iterator[tuple[str, list[SessionRow]]]:
         sessions = self._tables.sessions

@@ -8,7 +8,7 @@ while the snapshot holds it as it is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
@@ -27,14 +27,28 @@ from aidb_ray.store.changes import (
 from aidb_ray.store.claims import CLAIMS, Lease, Leases, Place, RunnerEpochs, decode_epochs
 from aidb_ray.store.columns import EMPTY, cut
 from aidb_ray.store.presence import NamePresence
+from aidb_ray.store.streams import (
+    Garbage,
+    Run,
+    Stream,
+    decode_stream,
+    garbage_of,
+    segment_of,
+    spans_by_segment,
+)
 
 if TYPE_CHECKING:
     from aidb_ray.store.plan import Plan
 
 PUT, REMOVE, APPEND = 1, 2, 3
+REMOVE_SESSION = 5
+"""All that a session held; the value is a `Removed`, for readers are told of each row."""
 SYSTEM = "~"
 """The session of the store's own rows: clients, runner epochs, leases and what is claimed."""
-CLIENTS, EPOCHS, HOLDERS, LEASES, STREAMS = "clients", "epochs", "holders", "leases", "~streams"
+CLIENTS, EPOCHS, HOLDERS, LEASES = "clients", "epochs", "holders", "leases"
+GARBAGE = "garbage"
+"""Rows of the system session that name chunks which no stream refers to any more."""
+STREAMS = "~streams"
 
 _ROW_WEIGHT, _SESSION_WEIGHT, _RUN_WEIGHT = 200, 800, 200
 _MAX_STEPS = 4_096
@@ -48,41 +62,11 @@ Where: TypeAlias = tuple[str, str, str]
 Load: TypeAlias = Callable[[str], Sequence[SessionRow]]
 
 
-class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Where consecutive chunks of one stream rest: frame, place in its chunk batch, indexes."""
+class Removed(msgspec.Struct, frozen=True, array_like=True):
+    """What a session held when it was deleted: keys by collection, and generations with chunks."""
 
-    segment: int
-    offset: int
-    start: int
-    count: int
-    index: int
-    attempt: int
-    types: tuple[str, ...]
-
-
-class Stream(msgspec.Struct, array_like=True):
-    """The stored chunks of one generation."""
-
-    revision: int = 0
-    next_index: int = 0
-    closes: str = ""
-    runs: list[Run] = []
-
-    def extend(
-        self, revision: int, wanted: Append, start: int, place: tuple[int, int], home: SessionRows
-    ) -> None:
-        """Add chunks that the frame at `place` holds from its chunk `start` on.
-
-        What is known already is not added again, so a frame can be replayed over a snapshot that
-        has some of it.
-        """
-        if wanted.count and wanted.index >= self.next_index:
-            run = Run(*place, start, wanted.count, wanted.index, wanted.attempt, wanted.types)
-            self.runs.append(run)
-            self.next_index = wanted.index + wanted.count
-            home.weight += _RUN_WEIGHT
-        self.closes = wanted.closes or self.closes
-        self.revision = revision
+    rows: dict[str, list[str]]
+    streams: list[str]
 
 
 class SessionRows:
@@ -122,6 +106,19 @@ class SessionRows:
             self.weight -= len(before.value) + _ROW_WEIGHT
         return before
 
+    def append(self, revision: int, wanted: Append, start: int, place: tuple[int, int]) -> None:
+        """Add chunks to a stream. See `Stream.extend`."""
+        stream = self.streams.setdefault(wanted.generation_id, Stream())
+        if stream.extend(revision, wanted, start, place):
+            self.weight += _RUN_WEIGHT
+
+    def drop_stream(self, generation_id: str) -> Stream | None:
+        """Remove a stream, and return it if it was there."""
+        stream = self.streams.pop(generation_id, None)
+        if stream is not None:
+            self.weight -= _RUN_WEIGHT * len(stream.runs)
+        return stream
+
     def rows(self) -> list[SessionRow]:
         """Return every row in order of (collection, key), streams among them."""
         found = [
@@ -159,9 +156,15 @@ class Appended(NamedTuple):
 
 
 class Entry:
-    """One row before and after a commit, as the feed passes it on."""
+    """One row before and after a commit, as the feed passes it on.
 
-    __slots__ = ("after", "append", "before", "collection", "home", "key", "revision")
+    Of a stream, whose collection is `chunks`, it has what was appended; without, it was removed.
+
+    Attributes:
+        is_blind: Whether `before` may not be what it was: it came from a snapshot that is newer.
+    """
+
+    __slots__ = ("after", "append", "before", "collection", "home", "is_blind", "key", "revision")
 
     def __init__(
         self,
@@ -172,6 +175,8 @@ class Entry:
         before: StoredRow | None,
         after: StoredRow | None,
         append: Appended | None = None,
+        *,
+        is_blind: bool = False,
     ) -> None:
         self.revision = revision
         self.home = home
@@ -180,6 +185,7 @@ class Entry:
         self.before = before
         self.after = after
         self.append = append
+        self.is_blind = is_blind
 
     def to_change(self) -> Change:
         """Return the change as readers get it."""
@@ -200,6 +206,18 @@ class Entry:
             )
         is_new = self.before is None
         return Change(self.revision, self.home.name, self.collection, self.key, value, is_new)
+
+
+def _replayed(
+    revision: int,
+    home: SessionRows,
+    collection: str,
+    key: str,
+    before: StoredRow | None,
+    after: StoredRow | None,
+) -> Entry:
+    is_blind = before is None or before.revision >= revision
+    return Entry(revision, home, collection, key, before, after, is_blind=is_blind)
 
 
 _decode_held = msgspec.msgpack.Decoder(tuple[str, int]).decode
@@ -267,9 +285,8 @@ class Tables:
             return session
         for collection, key, revision, value in self._load(name):
             if collection == STREAMS:
-                stream = msgspec.msgpack.decode(value, type=Stream)
-                session.streams[key] = stream
-                session.weight += _RUN_WEIGHT * (1 + len(stream.runs))
+                stream = session.streams[key] = decode_stream(value)
+                session.weight += _RUN_WEIGHT * len(stream.runs)
             else:
                 session.put(collection, key, StoredRow(revision, value))
         return session
@@ -325,18 +342,76 @@ class Tables:
             if op == APPEND:
                 assert value is not None
                 wanted = msgspec.msgpack.decode(value, type=Append)
-                stream = session.streams.setdefault(key, Stream())
-                stream.extend(revision, wanted, wanted.start, place, session)
+                session.append(revision, wanted, wanted.start, place)
                 append = Appended(wanted, chunks or EMPTY, wanted.start)
                 yield Entry(revision, session, CHUNKS, key, None, None, append)
+            elif op == REMOVE_SESSION:
+                assert value is not None
+                removed = msgspec.msgpack.decode(value, type=Removed)
+                yield from self._replay_removal(revision, session, removed, place)
             else:
                 after = None if op == REMOVE else StoredRow(revision, value or b"")
                 before = session.put(collection, key, after)
                 if name == SYSTEM:
                     self._replay_system(collection, key, before, after)
                 else:
-                    yield Entry(revision, session, collection, key, before, after)
+                    yield _replayed(revision, session, collection, key, before, after)
             self.weight += session.weight - weight
+
+    def _replay_removal(
+        self, revision: int, session: SessionRows, removed: Removed, place: tuple[int, int]
+    ) -> Iterator[Entry]:
+        for generation_id in removed.streams:
+            self._drop_stream(revision, session, generation_id, before=place)
+            yield Entry(revision, session, CHUNKS, generation_id, None, None)
+        for collection, keys in removed.rows.items():
+            for key in keys:
+                before = session.put(collection, key, None)
+                yield _replayed(revision, session, collection, key, before, None)
+
+    def _drop_stream(
+        self,
+        revision: int,
+        session: SessionRows,
+        generation_id: str,
+        *,
+        before: tuple[int, int] | None = None,
+    ) -> None:
+        """Remove a stream; what it leaves behind is garbage, as far as it lies `before` a frame.
+
+        What lies in that frame or behind it may belong to a stream that was begun anew.
+        """
+        stream = session.drop_stream(generation_id)
+        if stream is None:
+            return
+        runs: Iterable[Run] = stream.runs
+        if before is not None:
+            runs = (run for run in runs if run.place < before)
+        system = self.session(SYSTEM)
+        weight = system.weight
+        for key, value in garbage_of(runs, revision, session.name, generation_id):
+            system.is_dirty = True
+            system.put(GARBAGE, key, StoredRow(revision, value))
+        self.weight += system.weight - weight
+
+    def garbage(self) -> Garbage:
+        """Return the chunks that no stream refers to any more, by segment."""
+        rows = self.session(SYSTEM).collections.get(GARBAGE, {})
+        return spans_by_segment((key, row.value) for key, row in rows.items())
+
+    def forget_garbage(self, segments: Collection[int], revision: int) -> None:
+        """Forget what was garbage at `revision` in segments that have none of it any more.
+
+        The log does not hear of it: what is remembered once more is dropped once more.
+        """
+        system = self.session(SYSTEM)
+        rows = system.collections.get(GARBAGE, {})
+        weight = system.weight
+        for key, row in list(rows.items()):
+            if row.revision <= revision and segment_of(key) in segments:
+                system.is_dirty = True
+                system.put(GARBAGE, key, None)
+        self.weight += system.weight - weight
 
     def _replay_system(
         self, collection: str, key: str, before: StoredRow | None, after: StoredRow | None
@@ -372,12 +447,13 @@ class Tables:
             session = entry.home
             session.is_dirty = True
             weight = session.weight
-            if entry.append is None:
-                session.put(entry.collection, entry.key, entry.after)
-            else:
-                stream = session.streams.setdefault(entry.key, Stream())
+            if entry.append is not None:
                 wanted, _, start = entry.append
-                stream.extend(entry.revision, wanted, start, place, session)
+                session.append(entry.revision, wanted, start, place)
+            elif entry.collection == CHUNKS:
+                self._drop_stream(entry.revision, session, entry.key)
+            else:
+                session.put(entry.collection, entry.key, entry.after)
             added += session.weight - weight
         system = self.session(SYSTEM)
         weight = system.weight

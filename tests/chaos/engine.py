@@ -40,6 +40,7 @@ from aidb_ray.store.changes import (
     Commit,
     Committed,
     Delete,
+    DeleteSession,
     Filter,
     Insert,
     ReadRequest,
@@ -52,6 +53,7 @@ from tests.faults import ForgetfulFiles
 CLIENTS: Final = 6
 COMMITS_A_BATCH: Final = 2
 CHUNKS_A_BATCH: Final = 2
+BATCHES_A_SESSION: Final = 11
 KILLS_A_STORE: Final = 30
 LONGEST_LIFE_S: Final = 0.5
 STORE_UUID: Final = "killed"
@@ -110,25 +112,40 @@ def session_of(client: int) -> str:
     return f"aidb://killed/{client}"
 
 
+def began_with(number: int) -> int:
+    """Return the batch that began the session as batch `number` leaves it: it deletes the old."""
+    return max(1, number - number % BATCHES_A_SESSION)
+
+
+def chunk_of(client: int, number: int, index: int) -> bytes:
+    """Return a chunk of a client's stream as batch `number` leaves it."""
+    return f"{client}:{began_with(number)}:{index}".encode()
+
+
 def make_batch(client: int, client_id: int, number: int) -> bytes:
     """Return batch `number` (from 1) of a client: always the same bytes.
 
-    Replacing the row without a precondition can be done twice; a check of the log finds it.
+    Replacing the row without a precondition can be done twice; a check of the log finds it. Now
+    and then a batch deletes the session and begins it anew, chunks and all.
     """
     session = session_of(client)
     # Now and then a large one: what it leaves when it is torn outlasts the small ones after it.
     padding = 30_000 if (number * CLIENTS + client) % 37 == 0 else 10
     insert = Insert(session, "messages", "row", b'{"n":%d,"pad":"%s"}' % (number, b"x" * padding))
-    replace = (Delete(session, "messages", "row"), insert) if number > 1 else (insert,)
-    first = (number - 1) * CHUNKS_A_BATCH
-    payloads = [f"{client}:{first + at}".encode() for at in range(CHUNKS_A_BATCH)]
+    first = (number - began_with(number)) * CHUNKS_A_BATCH
+    payloads = [chunk_of(client, number, first + at) for at in range(CHUNKS_A_BATCH)]
     ends = array("i", [len(b"".join(payloads[: at + 1])) for at in range(CHUNKS_A_BATCH)])
     append = Append(session, f"g{client}", 1, first, 0, CHUNKS_A_BATCH)
+    commits = [Commit((Delete(session, "messages", "row"), insert)), Commit((append,))]
+    if number == 1:
+        commits = [Commit((insert,)), Commit((append,))]
+    elif began_with(number) == number:
+        commits = [Commit((DeleteSession(session),)), Commit((insert, append))]
     return wire.encode(
         Batch(
             client_id,
             (number - 1) * COMMITS_A_BATCH + 1,
-            [Commit(replace), Commit((append,))],
+            commits,
             ChunkColumns(bytes([2] * CHUNKS_A_BATCH), ends.tobytes(), b"".join(payloads)),
         )
     )
@@ -199,12 +216,12 @@ async def check_client(actor: StoreActor, client: int, answered: int) -> bool:
                 raise WrongError(f"chunk {part.index} of client {client} came for {index}")
             start = 0
             for end in array("i", part.columns.ends):
-                if part.columns.payload[start:end] != f"{client}:{index}".encode():
+                if part.columns.payload[start:end] != chunk_of(client, applied, index):
                     raise WrongError(f"chunk {index} of client {client} is another")
                 start = end
                 index += 1
         more = chunks.more
-    if index != applied * CHUNKS_A_BATCH:
+    if index != (applied - began_with(applied) + 1) * CHUNKS_A_BATCH * (applied > 0):
         raise WrongError(f"client {client} has {index} chunks after {applied} batches")
     return applied > answered
 
@@ -336,7 +353,7 @@ def run(*, kills: int, seed: int, snapshot_bytes: int) -> Report:
                 durability="local",
                 directory=str(store),
                 store_uuid=STORE_UUID,
-                segment_bytes=1 << 18,
+                segment_bytes=1 << (15 if snapshot_bytes else 18),
                 reserve_bytes=0,
                 snapshot_bytes=snapshot_bytes or 1 << 40,
             )

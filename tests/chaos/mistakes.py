@@ -13,7 +13,7 @@ from aidb_ray.store.log import CommitLog
 from aidb_ray.store.plan import Plan
 from aidb_ray.store.recovery import Recovered
 from aidb_ray.store.segments import segment_path
-from aidb_ray.store.tables import ClientRecord, Entry, Tables
+from aidb_ray.store.tables import REMOVE_SESSION, ClientRecord, Entry, Tables
 from aidb_ray.store.writer import LiveSegment, LogWriter
 
 
@@ -85,8 +85,28 @@ def dedup_outside_log() -> None:
     Tables._replay_system = replay_and_recall
 
 
+def deletion_unlogged() -> None:
+    """Delete sessions in memory, and let the log know nothing of it."""
+    write = Plan._write
+
+    def write_but_deletions(
+        self: Plan,
+        revision: int,
+        op: int,
+        session: str,
+        collection: str,
+        key: str,
+        value: bytes | None,
+    ) -> None:
+        if op != REMOVE_SESSION:
+            write(self, revision, op, session, collection, key, value)
+
+    Plan._write = write_but_deletions
+
+
 BY_NAME: Final[dict[str, Callable[[], None]]] = {
     "ack-before-sync": ack_before_sync,
     "dedup-outside-log": dedup_outside_log,
+    "deletion-unlogged": deletion_unlogged,
     "no-truncate": no_truncate,
 }

@@ -48,7 +48,9 @@ def test_kills_among_snapshots_and_compaction_lose_nothing() -> None:
     report_of(run_engine("--kills", "300", "--seed", "12", "--snapshot-bytes", "20000"))
 
 
-@pytest.mark.parametrize("mistake", ["ack-before-sync", "dedup-outside-log", "no-truncate"])
+@pytest.mark.parametrize(
+    "mistake", ["ack-before-sync", "dedup-outside-log", "deletion-unlogged", "no-truncate"]
+)
 def test_known_mistakes_are_caught(mistake: str) -> None:
     run = run_engine("--kills", "600", "--seed", "13", "--mistake", mistake)
 

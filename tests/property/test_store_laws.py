@@ -21,7 +21,16 @@ from aidb_ray.errors import AidbError, ConflictError, KeyExistsError, KeyMissing
 from aidb_ray.expressions import eq, gt
 from aidb_ray.query.builder import Query, build
 from aidb_ray.query.live import LiveQuery, run_query
-from aidb_ray.store.changes import Change, Delete, Filter, FoundRow, Insert, Mutation, Update
+from aidb_ray.store.changes import (
+    Change,
+    Delete,
+    DeleteSession,
+    Filter,
+    FoundRow,
+    Insert,
+    Mutation,
+    Update,
+)
 from aidb_ray.store.client import StoreClient
 from tests.stores import Process, Store, open_store
 
@@ -41,7 +50,13 @@ mutations = st.tuples(
 Drawn = tuple[str, str, str, int, str]
 commits = st.tuples(st.integers(0, 1), st.lists(mutations, min_size=1, max_size=3))
 steps = st.lists(
-    st.one_of(commits, commits, commits, st.sampled_from(["kill", "lose", "snapshot"])),
+    st.one_of(
+        commits,
+        commits,
+        commits,
+        st.sampled_from(["kill", "lose", "snapshot"]),
+        st.builds(DeleteSession, st.sampled_from(SESSIONS)),
+    ),
     min_size=1,
     max_size=25,
 )
@@ -73,6 +88,9 @@ class Model:
         """Apply a commit, or return why it is refused."""
         rows = dict(self.rows)
         for mutation in made:
+            if isinstance(mutation, DeleteSession):
+                rows = {place: row for place, row in rows.items() if place[0] != mutation.session}
+                continue
             assert isinstance(mutation, Insert | Update | Delete)
             place = (mutation.session, mutation.key)
             row = rows.get(place)
@@ -135,9 +153,9 @@ def test_the_store_holds_what_it_answered_whatever_happens(drawn: list[Any]) -> 
                 if isinstance(step, str):
                     await disturb(store, step)
                     continue
-                who: int = step[0]
-                asked: list[Drawn] = step[1]
-                made = model.make(asked)
+                who: int = 0 if isinstance(step, DeleteSession) else step[0]
+                asked: list[Drawn] = [] if isinstance(step, DeleteSession) else step[1]
+                made = [step] if isinstance(step, DeleteSession) else model.make(asked)
                 expected = model.apply(made, revision + 1)
                 if expected is None:
                     assert await clients[who].commit(made) == revision + 1

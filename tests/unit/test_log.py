@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +20,15 @@ from aidb_ray.errors import (
     StoreLockedError,
     StoreMismatchError,
 )
+from aidb_ray.store.changes import ChunkColumns
+from aidb_ray.store.chunk_files import ChunkReader
+from aidb_ray.store.columns import ERASED, from_arrow
 from aidb_ray.store.files import FileSystem
 from aidb_ray.store.frames import Frame
 from aidb_ray.store.log import CommitLog, MemoryLog, Position, create_store
 from aidb_ray.store.segments import chunks_path, segment_numbers, segment_path
-from tests.faults import Fault, FaultyFiles
+from aidb_ray.store.streams import Span
+from tests.faults import CallKind, Fault, FaultyFiles
 from tests.frame_builders import (
     STORE_UUID,
     create,
@@ -821,3 +826,142 @@ def test_a_log_in_memory_numbers_frames_and_keeps_chunks() -> None:
     with pytest.raises(ValueError, match="begin with revision 4"):
         log.append(make_frame(9))
     assert (log.stats.frames, log.stats.rows, log.stats.fdatasyncs) == (2, 3, 0)
+
+
+def compacted(store: Path, files: FileSystem | None = None) -> tuple[CommitLog, list[Position]]:
+    """Return a log whose first segments were compacted, and where its first 30 frames lie."""
+    log = open_log(store, files, segment_bytes=8192)
+    positions = fill(log, 30, chunks=9)
+    for _ in range(2):
+        take_snapshot(log)
+        fill(log, 1)
+    log.compact()
+    assert log.oldest_revision() > 20
+    return log, [position for position in positions if position.segment <= 1]
+
+
+def garbage_in(positions: Iterable[Position], start: int, count: int) -> dict[int, list[Span]]:
+    found: dict[int, list[Span]] = {}
+    for segment, offset in positions:
+        found.setdefault(segment, []).append(Span(offset, start, count))
+    return found
+
+
+def test_garbage_is_dropped_when_a_segment_is_compacted(store: Path) -> None:
+    log = open_log(store, segment_bytes=8192)
+    positions = [position for position in fill(log, 40, chunks=9) if position.segment < 2]
+    for _ in range(2):
+        take_snapshot(log)
+        fill(log, 1)
+    whole, part = positions[::2], positions[1::2]
+    garbage = garbage_in(whole, 0, 9)
+    for segment, spans in garbage_in(part, 2, 3).items():
+        garbage[segment] += spans
+
+    assert log.compact(garbage) == {0, 1}
+
+    for position in whole:
+        with pytest.raises(CorruptionError, match="missing"):
+            log.read_chunks(position, 0, 9)
+    for position in part:
+        revision = 1 + positions.index(position)
+        assert log.read_chunks(position, 0, 2) == make_chunks(revision, 9).slice(0, 2)
+        assert log.read_chunks(position, 5, 4) == make_chunks(revision, 9).slice(5, 4)
+        assert from_arrow(log.read_chunks(position, 2, 3)) == ChunkColumns(
+            bytes([ERASED] * 3), bytes(12), b""
+        )
+    log.close()
+
+
+def test_garbage_of_a_segment_that_is_not_compacted_yet_waits(store: Path) -> None:
+    log = open_log(store, segment_bytes=8192)
+    positions = fill(log, 30, chunks=9)
+
+    assert log.compact(garbage_in(positions, 0, 9)) == set()
+
+    assert log.read_chunks(positions[0], 0, 9) == make_chunks(1, 9)
+    log.close()
+
+
+def test_garbage_is_erased_from_what_was_compacted_before(store: Path) -> None:
+    log, positions = compacted(store)
+    size = chunks_path(store / "log", 0).stat().st_size
+    kept = positions[1]
+    for position in positions:
+        log.read_chunks(position, 0, 9)
+
+    gone = [position for position in positions if position != kept]
+    assert log.compact(garbage_in(gone, 0, 9)) == {0, 1}
+
+    assert log.read_chunks(kept, 0, 9) == make_chunks(2, 9)
+    for position in gone:
+        with pytest.raises(CorruptionError, match="missing"):
+            log.read_chunks(position, 0, 9)
+    assert chunks_path(store / "log", 0).stat().st_size < size / 2
+    assert not chunks_path(store / "log", 1).exists()
+    assert log.compact(garbage_in(gone, 0, 9)) == {0, 1}, "done already, and again no harm"
+    log.close()
+    log = open_log(store, segment_bytes=8192)
+    assert log.read_chunks(kept, 0, 9) == make_chunks(2, 9)
+    log.close()
+
+
+def test_a_reader_whose_file_was_replaced_finds_the_chunks_where_they_lie_now(store: Path) -> None:
+    log, positions = compacted(store)
+    kept = positions[-1]
+    reader = ChunkReader(FileSystem(), store / "log", log._meta.salt)
+    reader.read(next(position for position in positions if position.segment == kept.segment))
+
+    log.compact(garbage_in(positions[:-1], 0, 9))
+
+    assert reader.read(kept) == make_chunks(len(positions), 9)
+    log.close()
+
+
+@pytest.mark.parametrize("call", ["write", "sync_data", "rename", "sync_directory", "unlink"])
+def test_an_interrupted_erasure_leaves_all_chunks_that_are_kept(
+    store: Path, call: CallKind
+) -> None:
+    files = FaultyFiles(store)
+    log, positions = compacted(store, files)
+    kept = positions[1]
+    garbage = garbage_in([position for position in positions if position != kept], 0, 9)
+    files.fault = Fault(frozenset({call}), at=1)
+
+    with pytest.raises(StorageError):
+        log.compact(garbage)
+    abandon(log)
+
+    log = open_log(store, segment_bytes=8192)
+    assert log.read_chunks(kept, 0, 9) == make_chunks(2, 9)
+    assert log.compact(garbage) == {0, 1}
+    assert log.read_chunks(kept, 0, 9) == make_chunks(2, 9)
+    assert not chunks_path(store / "log", 1).exists()
+    assert not list(store.rglob("*.tmp"))
+    log.close()
+
+
+def test_a_damaged_file_of_chunks_is_not_written_anew(store: Path) -> None:
+    log, positions = compacted(store)
+    path = chunks_path(store / "log", 0)
+    damage(path, path.stat().st_size - 20, b"\xff\xff")
+    content = path.read_bytes()
+
+    with pytest.raises(CorruptionError, match=path.name):
+        log.compact(garbage_in(positions[:1], 0, 9))
+
+    assert path.read_bytes() == content
+    log.close()
+
+
+def test_a_log_in_memory_forgets_frames_that_are_all_garbage() -> None:
+    log = MemoryLog(store_uuid=STORE_UUID, database="test")
+    first, second = log.append(make_frame(1, chunks=5)), log.append(make_frame(2, chunks=5))
+
+    assert log.compact(garbage_in([first], 0, 2)) == {0}
+    assert log.read_chunks(first, 2, 3) == make_chunks(1, 5).slice(2, 3)
+    log.compact(garbage_in([first], 2, 3))
+
+    with pytest.raises(KeyError):
+        log.read_chunks(first, 0, 1)
+    assert log.read_chunks(second, 0, 5) == make_chunks(2, 5)

@@ -6,11 +6,15 @@ from aidb_ray.store.changes import (
     MAX_ROW_BYTES,
     Append,
     Batch,
+    Claim,
     ClaimBuckets,
     Commit,
     Delete,
+    DeleteSession,
+    Held,
     Insert,
     Mutation,
+    Need,
     Refusal,
     Runner,
     Update,
@@ -18,6 +22,7 @@ from aidb_ray.store.changes import (
 )
 from aidb_ray.store.columns import pack
 from aidb_ray.store.plan import Plan
+from aidb_ray.store.tables import PUT, REMOVE_SESSION
 from tests.planner import Engine
 from tests.stores import SESSION, insert, row
 
@@ -228,3 +233,154 @@ def test_a_closed_stream_takes_no_more_chunks() -> None:
     answer = engine.commit(Commit((Append(SESSION, "g", 1, 1, 0, 1),)), chunks=columns)
 
     assert [refusal.reason for _, refusal in answer.refused] == ["stream_closed"]
+
+
+def appended(generation_id: str, index: int, count: int, *, closes: str = "") -> Append:
+    return Append(SESSION, generation_id, 1, index, 0, count, closes=closes)
+
+
+def test_a_deleted_session_holds_nothing_and_begins_anew() -> None:
+    engine = Engine()
+    other = insert("a", session="aidb://test/2")
+    engine.commit(
+        Commit((insert("a"), insert("b", into="others"), other, appended("g", 0, 2))),
+        chunks=pack([1, 2], ["x", "y"]),
+    )
+
+    assert engine.one(DeleteSession(SESSION)) is None
+
+    session = engine.tables.session(SESSION)
+    assert session.rows() == []
+    assert engine.tables.get("aidb://test/2", "rows", "a") is not None
+    assert [entry.after for entry in engine.last_plan.entries] == [None] * 3
+    assert engine.last_plan.log.ops == [REMOVE_SESSION, PUT], "one row, and the client's record"
+    assert engine.one(Update(SESSION, "rows", "a", row("a"), 0)) is not None
+    assert engine.one(insert("a")) is None
+
+
+def test_deleting_sees_the_earlier_commits_of_its_plan() -> None:
+    engine = Engine()
+    columns = pack([1], ["x"])
+
+    answer = engine.commit(
+        Commit((insert("a"), appended("g", 0, 1))),
+        Commit((DeleteSession(SESSION),)),
+        Commit((insert("a"),)),
+        Commit((appended("g", 0, 1),)),
+        Commit((DeleteSession(SESSION),)),
+        Commit((insert("b"),)),
+        chunks=columns,
+    )
+
+    assert answer.refused == []
+    assert [key for _, key, _, _ in engine.tables.session(SESSION).rows()] == ["b"]
+    before = engine.tables.session(SESSION).rows()
+    engine.restart()
+    assert engine.tables.session(SESSION).rows() == before
+
+
+def test_deleting_a_session_that_holds_nothing_writes_nothing_of_it() -> None:
+    engine = Engine()
+
+    for _ in range(2):
+        assert engine.one(DeleteSession(SESSION)) is None
+        assert engine.last_plan.log.sessions == ["~"]
+
+
+@pytest.mark.parametrize(
+    ("mutations", "reason"),
+    [
+        ((DeleteSession(SESSION), insert("a")), "not_alone"),
+        ((insert("a"), DeleteSession(SESSION)), "not_alone"),
+        ((DeleteSession("~"),), "reserved_name"),
+        ((DeleteSession(""),), "reserved_name"),
+    ],
+)
+def test_deletions_that_cannot_be_are_refused(mutations: tuple[Mutation, ...], reason: str) -> None:
+    engine = Engine()
+    engine.one(insert("k"))
+    before = engine.tables.revision
+
+    refusal = engine.one(*mutations)
+
+    assert refusal is not None
+    assert refusal.reason == reason
+    assert engine.tables.revision == before
+    assert engine.tables.get(SESSION, "rows", "k") is not None
+
+
+def test_a_late_append_to_a_deleted_stream_is_refused() -> None:
+    engine = Engine()
+    columns = pack([1], ["x"])
+    engine.commit(Commit((appended("g", 0, 1),)), chunks=columns)
+    engine.one(DeleteSession(SESSION))
+
+    answer = engine.commit(Commit((appended("g", 1, 1),)), chunks=columns)
+
+    assert [refusal.reason for _, refusal in answer.refused] == ["sequence_gap"]
+    assert engine.tables.session(SESSION).rows() == []
+
+
+@pytest.mark.parametrize(
+    ("need", "is_met"),
+    [
+        (Need(SESSION, "rows", "a"), True),
+        (Need(SESSION, "rows", "a", 2), True),
+        (Need(SESSION, "rows", "a", 1), False),
+        (Need(SESSION, "rows", "b"), False),
+        (Need("aidb://test/2", "rows", "a"), False),
+    ],
+)
+def test_a_commit_is_refused_without_what_it_needs(need: Need, *, is_met: bool) -> None:
+    engine = Engine()
+    engine.one(insert("a"))
+
+    answer = engine.commit(Commit((insert("new"),), needs=(need,)))
+
+    assert [refusal.reason for _, refusal in answer.refused] == ([] if is_met else ["gone"])
+    assert (engine.tables.get(SESSION, "rows", "new") is not None) is is_met
+
+
+def test_what_a_commit_needs_may_come_or_go_in_the_same_plan() -> None:
+    engine = Engine()
+    need = Need(SESSION, "rows", "a")
+
+    answer = engine.commit(
+        Commit((insert("a"),)),
+        Commit((insert("b"),), needs=(need,)),
+        Commit((DeleteSession(SESSION),)),
+        Commit((insert("c"),), needs=(need,)),
+        Commit((insert("a"),)),
+        Commit((insert("d"),), needs=(Need(SESSION, "rows", "a", 2),)),
+    )
+
+    assert [at for at, _ in answer.refused] == [3, 5]
+
+
+def test_a_fenced_runner_is_told_so_before_what_it_needs() -> None:
+    engine = Engine()
+    engine.one(ClaimBuckets("writer", 0, 4096))
+
+    answer = engine.commit(
+        Commit((insert("b"),), Runner("writer", 1), needs=(Need(SESSION, "rows", "a"),))
+    )
+
+    assert [refusal.reason for _, refusal in answer.refused] == ["fenced"]
+
+
+def test_a_deleted_session_gives_up_its_claims() -> None:
+    engine = Engine()
+    engine.one(insert("a"))
+    engine.one(Claim(SESSION, "rows", "a", "effect", "holder", 1_000))
+    token = engine.tables.revision
+
+    assert engine.one(DeleteSession(SESSION)) is None
+
+    assert list(engine.tables.leases.claims_of("holder")) == []
+    refusal = engine.one(insert("late"), held=Held(SESSION, "rows", "a", token))
+    assert refusal is not None
+    assert refusal.reason == "stale_claim"
+    engine.restart()
+    assert list(engine.tables.leases.claims_of("holder")) == []
+    assert engine.one(insert("a")) is None
+    assert engine.one(Claim(SESSION, "rows", "a", "effect", "other", 1_000)) is None
