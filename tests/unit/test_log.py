@@ -930,7 +930,7 @@ def test_an_interrupted_erasure_leaves_all_chunks_that_are_kept(
 
     with pytest.raises(StorageError):
         log.compact(garbage)
-    abandon(log)
+    log.abandon()
 
     log = open_log(store, segment_bytes=8192)
     assert log.read_chunks(kept, 0, 9) == make_chunks(2, 9)
