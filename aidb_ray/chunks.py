@@ -412,10 +412,14 @@ async def stream_to_collection(
         collection: `session.chunks`, kept as batches; or a collection of a row type of yours.
         generation_id: Whose stream it is.
         transform: Makes a chunk of (event, index, generation_id): a `Chunk`, or a mapping with
-            `type` and `content`; for a collection of yours, one of its rows.
+            `type` and `content`; for a collection of yours, one of its rows. An `index` in it is
+            taken at its word: a chunk that is there already may come again, and changes nothing.
 
     Raises:
-        ConflictError: `stream_closed`: the generation has ended. `sequence_gap`: another writer.
+        ConflictError: `stream_closed`: the generation has ended. `sequence_gap`: another writer,
+            or a chunk that `transform` numbers beyond the next. `chunk_conflict`: one that it
+            numbers as one that is there, and that differs.
+        ContractError: `invalid_index`, or what `transform` returns is no chunk.
     """
     if isinstance(collection, Collection):
         if transform is None:
@@ -445,7 +449,8 @@ async def stream_to_collection(
     try:
         async with _closing(stream):
             async for event in stream:
-                put(event)
+                if (repeated := put(event)) is not None:
+                    await _check_repeated(client, flusher, buffer, repeated)
                 if len(buffer) >= FLUSH_CHUNKS:
                     flusher.check(buffer)
                     flusher.flush(buffer)
@@ -476,6 +481,10 @@ async def _closing(stream: AsyncIterator[Any]) -> AsyncGenerator[None]:
             await close()
 
 
+_Repeated = tuple[int, str, str]
+"""Index, type and content of a chunk whose index has one already."""
+
+
 def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
     from aidb_ray.models.events import EventEncoder
 
@@ -487,8 +496,8 @@ def _event_writer(buffer: ChunkBuffer) -> Callable[[BaseEvent], None]:
     return put
 
 
-def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], None]:
-    def put(event: Any) -> None:
+def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], _Repeated | None]:
+    def put(event: Any) -> _Repeated | None:
         row: Any = transform(event, buffer.next_index, buffer.generation_id)
         named = cast("Mapping[str, Any]", vars(row) if hasattr(row, "__dict__") else row)
         type_, content = named.get("type"), named.get("content", "")
@@ -498,9 +507,54 @@ def _row_writer(buffer: ChunkBuffer, transform: Transform) -> Callable[[Any], No
                 collection=CHUNKS,
                 key=f"{buffer.generation_id}:{buffer.next_index}",
             )
+        index = _checked_index(named.get("index", buffer.next_index), buffer)
+        if index < buffer.next_index:
+            return index, type_, content
         buffer.add(type_, content)
+        return None
 
     return put
+
+
+def _checked_index(index: object, buffer: ChunkBuffer) -> int:
+    key, expected = buffer.generation_id, buffer.next_index
+    if type(index) is not int or index < 0:
+        raise ContractError(
+            f"The index of a chunk is a whole number from 0, not {index!r}.",
+            code="invalid_index",
+            collection=CHUNKS,
+            key=key,
+            loc=("index",),
+        )
+    if index > expected:
+        raise ConflictError(
+            f"Chunk {index} of {key!r} came where chunk {expected} is next.",
+            code="sequence_gap",
+            collection=CHUNKS,
+            key=key,
+            expected=expected,
+            got=index,
+        )
+    return index
+
+
+async def _check_repeated(
+    client: StoreClient, flusher: ChunkFlusher, buffer: ChunkBuffer, repeated: _Repeated
+) -> None:
+    """Raise unless a chunk that came again is the one that is there."""
+    index, *came = repeated
+    flusher.flush(buffer)
+    if (sent := flusher.sent(buffer)) is not None:
+        await asyncio.shield(sent)
+    page = await client.read_chunks(buffer.session, buffer.generation_id, index)
+    there = slice_to_chunks(page.slices[0])[0]
+    if came != [there.type, there.content]:
+        raise ConflictError(
+            f"Chunk {index} of {buffer.generation_id!r} is there already, and is another one.",
+            code="chunk_conflict",
+            collection=CHUNKS,
+            key=buffer.generation_id,
+        )
 
 
 async def _stream_rows(

@@ -2,6 +2,7 @@
 
     AidbError
     ├── ConfigError         the program is set up wrongly; fix it
+    │   └── CoroutineError      a coroutine function where only a plain one will do
     ├── NotReadyError       read before `ready()`; await it first
     ├── RowError            the row breaks its contract; do not retry
     │   ├── KeyExistsError      an insert names a key that is present
@@ -62,6 +63,12 @@ class ConfigError(AidbError):
     code = "config_error"
 
 
+class CoroutineError(ConfigError, TypeError):
+    """A coroutine function was given where only a plain one will do. It was not run."""
+
+    code = "coroutine_not_allowed"
+
+
 class NotReadyError(AidbError):
     """A synchronous read came before the rows had arrived; await `ready()` first."""
 
@@ -120,6 +127,8 @@ class ConflictError(AidbError):
         key: Key of the row.
         current: The stored row (wire names), or None if it is gone.
         revision: Revision that last wrote the row, 0 if it is gone.
+        expected: Of a chunk that came out of turn, the index that is next.
+        got: Of such a chunk, its index.
     """
 
     code = "conflict"
@@ -133,12 +142,16 @@ class ConflictError(AidbError):
         key: str = "",
         current: dict[str, Any] | None = None,
         revision: int = 0,
+        expected: int = 0,
+        got: int = 0,
     ) -> None:
         super().__init__(message, code=code)
         self.collection = collection
         self.key = key
         self.current = current
         self.revision = revision
+        self.expected = expected
+        self.got = got
 
 
 class QueryError(AidbError):
@@ -320,6 +333,6 @@ class CompactedError(AidbError):
 
     code = "compacted"
 
-    def __init__(self, message: str, *, oldest: int) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, oldest: int, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.oldest = oldest

@@ -16,7 +16,8 @@ from aidb_ray.agents.rows import MessageRow, ToolCallRow, now_ms, now_text, time
 from aidb_ray.agents.session import args_text, round_of
 from aidb_ray.contracts import ToolCallStatus
 from aidb_ray.effects.record import WorkRecord
-from aidb_ray.errors import ConflictError, ToolError
+from aidb_ray.errors import ConflictError, ContractError, ToolError
+from aidb_ray.json_values import parse_json
 from aidb_ray.models.chat import unknown_tool
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.tools import Tool, ToolContext
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from aidb_ray.store.client import StoreClient
 
 MAX_RUNNING_TOOLS = 16
+_MAX_KEPT_TEXT = 65_536
 
 
 class RoundCalls:
@@ -412,7 +414,7 @@ def storable(text: str) -> str:
 
 def _parse_args(text: str) -> Any:
     try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        # Not JSON: kept as it is; running the call answers the model with what is wrong.
-        return text
+        return parse_json(text)
+    except ContractError:
+        # Kept as it is; running the call answers the model with what is wrong. A row has bounds.
+        return text if len(text) <= _MAX_KEPT_TEXT else f"{text[:_MAX_KEPT_TEXT]}…"

@@ -11,7 +11,8 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from aidb_ray.agents.rows import MessageRow
-from aidb_ray.errors import ConfigError, ToolError
+from aidb_ray.errors import ConfigError, ContractError, ToolError
+from aidb_ray.json_values import parse_json
 from aidb_ray.models.base import ToolCallRequest
 from aidb_ray.models.signatures import Signature
 from aidb_ray.models.tools import Tool, describe_mismatch, encode_error, encode_result
@@ -132,13 +133,8 @@ class Delegate:
         Raises:
             ToolError: `invalid_args`: the input does not fit.
         """
-        try:
-            given = self.input_schema.model_validate_json(args_json, strict=True)
-        except ValidationError as error:
-            raise ToolError(
-                f"The arguments of {self.name!r} do not fit: {describe_mismatch(error)}.",
-                code="invalid_args",
-            ) from error
+        self.tool.parse_args(args_json)
+        given = self.input_schema.model_validate_json(args_json, strict=True)
         message: Any = getattr(given, "message", None)
         if self._is_plain and isinstance(message, str):
             return message
@@ -167,8 +163,9 @@ class Delegate:
             if list(schema.model_fields) == ["response"]:
                 answer = schema.model_validate({"response": content})
             else:
+                parse_json(content)
                 answer = schema.model_validate_json(content)
-        except ValidationError as error:
+        except (ContractError, ValidationError) as error:
             raise ToolError(
                 f"The reply of {self.name!r} does not fit: {describe_mismatch(error)}.",
                 code="invalid_result",

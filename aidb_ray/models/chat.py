@@ -19,7 +19,8 @@ from ag_ui.core import (
 )
 from pydantic import BaseModel, ValidationError
 
-from aidb_ray.errors import AidbError, ConfigError, ModelError, ToolError
+from aidb_ray.errors import AidbError, ConfigError, ContractError, ModelError, ToolError
+from aidb_ray.json_values import parse_json
 from aidb_ray.models.base import (
     ModelMessage,
     TextAdapter,
@@ -269,8 +270,9 @@ def parse_output(text: str, schema: type[M]) -> M:
         ModelError: `invalid_output`; the message says what is wrong in words for the model.
     """
     try:
+        parse_json(text)
         return schema.model_validate_json(text)
-    except ValidationError as error:
+    except (ContractError, ValidationError) as error:
         raise ModelError(
             f"The answer must be JSON that fits {schema.__name__}: {describe_mismatch(error)}.",
             code="invalid_output",

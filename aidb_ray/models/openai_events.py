@@ -349,7 +349,7 @@ def _failure_of(status: int | None) -> tuple[str, bool]:
 def _decode(decoder: msgspec.json.Decoder[T], payload: bytes) -> T:
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(
             f"The model's server sent an event that cannot be read: {error}",
             code="malformed",

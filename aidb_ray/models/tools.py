@@ -19,7 +19,8 @@ import msgspec
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from aidb_ray.errors import ConfigError, ToolError
+from aidb_ray.errors import ConfigError, ContractError, ToolError
+from aidb_ray.json_values import parse_json
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.signatures import Signature, parse_docstring, read_signature
 
@@ -238,8 +239,10 @@ class Tool:
         """
         args_json = args if isinstance(args, str | bytes) else msgspec.json.encode(args)
         try:
+            # Of a name that comes twice, say, what follows would see one value only.
+            parse_json(args_json)
             return self._signature.parse(args_json)
-        except ValidationError as error:
+        except (ContractError, ValidationError) as error:
             raise ToolError(
                 f"The arguments of {self.name!r} do not fit: {describe_mismatch(error)}.",
                 code="invalid_args",
@@ -510,8 +513,10 @@ def encode_error(error: ToolError) -> str:
     return msgspec.json.encode({"error": error.code, "message": str(error)}).decode()
 
 
-def describe_mismatch(error: ValidationError) -> str:
+def describe_mismatch(error: ContractError | ValidationError) -> str:
     """Return what is wrong in one line, field by field, without the values."""
+    if isinstance(error, ContractError):
+        return str(error).removesuffix(".")
     return "; ".join(
         f"{where}: {wrong['msg']}" if (where := ".".join(map(str, wrong["loc"]))) else wrong["msg"]
         for wrong in error.errors(include_url=False, include_input=False)

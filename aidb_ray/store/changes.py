@@ -347,6 +347,8 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     code="sequence_gap",
                     collection=CHUNKS,
                     key=self.key,
+                    expected=self.expected,
+                    got=self.got,
                 )
             case "stream_closed":
                 return ConflictError(

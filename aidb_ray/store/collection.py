@@ -21,6 +21,7 @@ import msgspec
 from aidb_ray.errors import (
     ConfigError,
     ContractError,
+    CoroutineError,
     KeyExistsError,
     KeyMissingError,
     NotReadyError,
@@ -274,6 +275,7 @@ class Collection(Generic[R]):
                 if the row as it is cannot be read; see `find`.
             ConflictError: (when awaited) `condition_failed`; `conflict` if the row is not of the
                 expected revision, or changed at every try. `current` carries the row.
+            CoroutineError: `changes` is a coroutine function, or returned something to await.
         """
         session, site = self._writable()
         group = self._group(session)
@@ -380,16 +382,17 @@ class Collection(Generic[R]):
         One to a row that cannot be read (see `find`) is left out and logged at ERROR.
 
         Raises:
-            CompactedError: `since` is older than what the store can still tell.
+            CompactedError: `since` is older than what the store can still tell; or
+                `cursor_mismatch`: a store without a disk was started anew meanwhile.
             ConflictError: `revision_in_future`: there is no such revision yet.
-            ContractError: `invalid_cursor`: `since` is negative.
+            ContractError: `invalid_cursor`: `since` is no number from 0.
             SlowConsumerError: over 10,000 changes wait unread; `resume` says where to go on.
         """
         from aidb_ray.store.tail import tail_changes
 
-        if since is not None and since < 0:
+        if since is not None and (type(since) is not int or since < 0):
             raise ContractError(
-                f"A revision is 0 or more, not {since}.", code="invalid_cursor", loc=("since",)
+                f"A revision is 0 or more, not {since!r}.", code="invalid_cursor", loc=("since",)
             )
         await self._sites.connected()
         site = self._sites.site_of(self._one_session())
@@ -611,7 +614,7 @@ class Collection(Generic[R]):
         self, key: str, shown: StoredRow | None, fn: Callable[[Any], object]
     ) -> dict[str, Any]:
         if inspect.iscoroutinefunction(fn):
-            raise TypeError("The function that changes a draft is a plain one, not async.")
+            raise CoroutineError("The function that changes a draft is a plain one, not async.")
         if shown is None:
             raise NotReadyError(
                 f"{self.name}[{key!r}] is not here yet, so there is no draft to change. Await "
@@ -622,7 +625,7 @@ class Collection(Generic[R]):
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
                 result.close()
-            raise TypeError("The function that changes a draft is a plain one, not async.")
+            raise CoroutineError("The function that changes a draft is a plain one, not async.")
         return draft.changed()
 
     def _condition(self, when: Callable[[Ref], Expression]) -> Callable[[Mapping[str, Any]], bool]:

@@ -20,8 +20,8 @@ from pydantic_core import to_jsonable_python
 from aidb_ray.contracts import DEFAULT_ROW_TYPES, MAX_KEY_LENGTH, TERMINAL_STATUSES
 from aidb_ray.errors import ConfigError, ContractError
 from aidb_ray.expressions import Fields, Migrate
+from aidb_ray.json_values import find_problem, is_unicode
 from aidb_ray.store.changes import MAX_ROW_BYTES
-from aidb_ray.store.json_values import find_problem, is_unicode
 from aidb_ray.store.row_types import RowType, describe
 from aidb_ray.store.versions import MARK, VERSION_FIELD, stamp, unstamp
 

@@ -146,6 +146,11 @@ class FeedReader:
         self._is_parked = False
         self._polls = 0
 
+    @property
+    def generation(self) -> str:
+        """Which history of the store the cursor is of; one without a disk begins others."""
+        return self._generation
+
     def subscribe(
         self,
         wanted: Filter,

@@ -35,6 +35,7 @@ async def tail_changes(
     subscription = client.feed.subscribe(wanted, inbox.hear, inbox.lose, snapshot=False)
     try:
         started = await asyncio.shield(subscription.started)
+        generation = client.feed.generation
         newest = max(started, (await client.status()).revision)
         if since is not None and since > newest:
             raise ConflictError(
@@ -54,7 +55,7 @@ async def tail_changes(
                 for change, is_last in _marked(commit, read):
                     yield *before.advance(change), is_last
                 inbox.last = commit[0].revision
-            inbox.check_lost(client.feed.cursor)
+            inbox.check_lost(client.feed.cursor, is_anew=client.feed.generation != generation)
             inbox.arrived.clear()
             await inbox.arrived.wait()
     finally:
@@ -127,8 +128,15 @@ class _Inbox:
             taken.append(unread.popleft())
         return taken
 
-    def check_lost(self, oldest: int) -> None:
-        """Raise if changes were missed."""
+    def check_lost(self, oldest: int, *, is_anew: bool) -> None:
+        """Raise if changes were missed, or, if the store began anew, will never come."""
+        if self._is_lost and is_anew:
+            raise CompactedError(
+                f"The store began anew, and revision {self.last} is of rows that are gone; read "
+                f"the rows anew.",
+                oldest=max(0, oldest),
+                code="cursor_mismatch",
+            )
         if self._is_lost:
             raise CompactedError(
                 f"Changes after revision {self.last} are not kept any more; read the rows anew.",

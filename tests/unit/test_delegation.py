@@ -264,6 +264,7 @@ async def test_requests_are_answered_alone_and_other_messages_together(db: Datab
         ("words", Filled, '{"response":"words"}'),
         ("words", None, "words"),
         ("words", Facts, "invalid_result"),
+        ('{"facts": [], "facts": ["a"]}', Facts, "invalid_result"),
     ],
 )
 async def test_input_and_output_have_schemas(

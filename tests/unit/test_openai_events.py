@@ -210,6 +210,7 @@ def test_a_chat_stream_that_stops_early_is_truncated(body: bytes) -> None:
         b'{"choices": [{"delta": {"content": 5}}]}',
         b'{"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "c"}]}}]}',
         b'\xff{"choices": []}',
+        b'{"vendor": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
     ],
 )
 def test_what_is_no_chat_chunk_is_malformed(payload: bytes) -> None:

@@ -21,7 +21,7 @@ PACKAGE = Path(aidb_ray.__file__).parent
 # Lowest first. A module imports only from levels below its own and from its own package.
 LEVELS = (
     {"errors"},
-    {"contracts", "crash_points", "expressions", "retry"},
+    {"contracts", "crash_points", "expressions", "json_values", "retry"},
     {"runtime"},
     {"store"},
     {"models", "query"},
@@ -48,6 +48,7 @@ PURE = {
     "effects.pending",
     "errors",
     "expressions",
+    "json_values",
     "lifecycle.wake",
     "query.aggregates",
     "query.answer",
@@ -67,7 +68,6 @@ PURE = {
     "store.changes",
     "store.claim_plan",
     "store.claims",
-    "store.json_values",
     "store.replication",
     "store.row_types",
     "store.tables",
@@ -115,6 +115,7 @@ FORBIDDEN_CALLS = {
 ERROR_SAMPLES: tuple[errors.AidbError, ...] = (
     errors.AidbError("base", code="custom"),
     errors.ConfigError("no generate", code="no_generate"),
+    errors.CoroutineError("no coroutine"),
     errors.NotReadyError("await ready()"),
     errors.RowError("bad", collection="messages", key="k", loc=("args", 0)),
     errors.KeyExistsError("exists", collection="messages", key="k"),

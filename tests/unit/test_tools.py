@@ -106,7 +106,9 @@ async def test_calling_a_tool_as_a_function_runs_the_function() -> None:
         ('{"query": "a", "limit": "5"}', ["limit"]),
         ('{"limit": true}', ["query", "limit"]),
         ('{"query": "a", "colour": "red"}', ["colour"]),
-        ('{"query": "a"', ["Invalid JSON"]),
+        ('{"query": "a"', ["no JSON"]),
+        ('{"query": "a", "query": "b"}', ["query", "twice"]),
+        ('{"query": "a", "limit": NaN}', ["NaN"]),
         ("[]", ["object"]),
     ],
 )
