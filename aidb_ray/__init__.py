@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aidb_ray.agents.agent import Agent, create_agent
+    from aidb_ray.agents.chat import durable_chat
     from aidb_ray.agents.definition import (
         AgentDefinition,
         History,
@@ -206,6 +207,7 @@ __all__ = [
     "declare_tool",
     "divide",
     "durable_agent",
+    "durable_chat",
     "eq",
     "gt",
     "gte",
@@ -240,6 +242,7 @@ __all__ = [
 _WHERE = {
     "Agent": "aidb_ray.agents.agent",
     "create_agent": "aidb_ray.agents.agent",
+    "durable_chat": "aidb_ray.agents.chat",
     "AgentDefinition": "aidb_ray.agents.definition",
     "History": "aidb_ray.agents.definition",
     "Retry": "aidb_ray.retry",

@@ -223,6 +223,8 @@ class Generation(Row):
         interruptions: How often in a row its process ended before the round and its tool calls
             were done.
         error: What went wrong, set exactly when `status` is `failed`.
+        input_digest: Of what a `durable_chat` was asked: one id stands for one question.
+        output: What a `durable_chat` has answered.
     """
 
     id: Key
@@ -237,6 +239,8 @@ class Generation(Row):
     error_code: str | None = None
     created_at: Utc = Field(default_factory=utc_now)
     updated_at: Utc = Field(default_factory=utc_now)
+    input_digest: str | None = None
+    output: str | None = None
 
 
 class Chunk(Row):

@@ -154,7 +154,7 @@ class RoundCalls:
             request.name,
             _parse_args(request.args_json),
             ToolCallStatus.EXECUTING.value,
-            self._shard.definition.name,
+            self._commits.generation.agent,
             number,
             request.id,
             1,
@@ -238,7 +238,7 @@ class RoundCalls:
             attempt=call.attempt,
             session=make_session(self._shard, self._session),
             generation_id=call.generation_id,
-            agent=self._shard.definition.name,
+            agent=self._commits.generation.agent,
             record=make_record(
                 self._shard, self._session, self._commits, call.id, is_first=call.attempt == 1
             ),
@@ -284,7 +284,7 @@ def make_record(
         await asyncio.shield(commits.send(mutations))
 
     return WorkRecord(
-        shard.client, session, owner, write, agent=shard.definition.name, is_first=is_first
+        shard.client, session, owner, write, agent=commits.generation.agent, is_first=is_first
     )
 
 

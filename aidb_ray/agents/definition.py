@@ -85,6 +85,7 @@ class AgentDefinition:
     session: Callable[[Any], str] | None = None
     generate: Generate | None = None
     on_response: OnResponse | None = None
+    system_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self)
@@ -103,6 +104,11 @@ class AgentDefinition:
     def offered(self) -> tuple[Tool, ...]:
         """What the model may call: tools and other agents."""
         return (*self.tools, *(delegate.tool for delegate in self.agents))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the model is told before the conversation."""
+        return (self.instructions, *self.system_prompts)[not self.instructions :]
 
     @property
     def reaches(self) -> frozenset[str]:

@@ -42,6 +42,8 @@ class GenerationRow(msgspec.Struct, rename="camel", frozen=True):
     error_code: str | None = None
     created_at: str = ""
     updated_at: str = ""
+    input_digest: str | None = None
+    output: str | None = None
 
     @property
     def is_terminal(self) -> bool:

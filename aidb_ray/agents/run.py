@@ -451,7 +451,7 @@ class GenerationRun:
             definition.adapter,
             messages,
             tools=definition.offered,
-            system_prompts=(definition.instructions,) if definition.instructions else (),
+            system_prompts=definition.prompts,
             output_schema=definition.output_schema,
         )
         heard = await self._recorder.record(events)
