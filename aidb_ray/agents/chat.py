@@ -77,6 +77,7 @@ M = TypeVar("M", bound=BaseModel)
 
 LEASE_MS = 10_000
 _NAME = "durable_chat"
+_RETRY = Retry()
 # Keys of its calls are longer than the id by a round and a number.
 _MAX_ID_LENGTH = MAX_KEY_LENGTH - 24
 
@@ -94,7 +95,7 @@ async def durable_chat(
     session: Session | str | None = None,
     system_prompts: Sequence[str] = (),
     max_iterations: int = 10,
-    retry: Retry | None = None,
+    retry: Retry = _RETRY,
     usage_limits: UsageLimits | None = None,
     run_timeout_ms: int | None = None,
     idle_timeout_ms: int | None = 60_000,
@@ -115,7 +116,7 @@ async def durable_chat(
     session: Session | str | None = None,
     system_prompts: Sequence[str] = (),
     max_iterations: int = 10,
-    retry: Retry | None = None,
+    retry: Retry = _RETRY,
     usage_limits: UsageLimits | None = None,
     run_timeout_ms: int | None = None,
     idle_timeout_ms: int | None = 60_000,
@@ -135,7 +136,7 @@ async def durable_chat(
     session: Session | str | None = None,
     system_prompts: Sequence[str] = (),
     max_iterations: int = 10,
-    retry: Retry | None = None,
+    retry: Retry = _RETRY,
     usage_limits: UsageLimits | None = None,
     run_timeout_ms: int | None = None,
     idle_timeout_ms: int | None = 60_000,
@@ -200,7 +201,7 @@ async def durable_chat(
         build_messages=lambda _pending, _context: asked,
         output_schema=output_schema,
         max_iterations=max_iterations,
-        retry=retry or Retry(),
+        retry=retry,
         usage_limits=usage_limits or UsageLimits(),
         run_timeout_ms=run_timeout_ms,
         idle_timeout_ms=idle_timeout_ms,
@@ -364,12 +365,13 @@ class _HeldClient:
         *,
         chunks: ChunkColumns = EMPTY,
         runner: Runner | None = None,
+        **options: Any,
     ) -> asyncio.Future[int]:
         """See `StoreClient.commit`; what fences is the claim, whoever is the runner."""
         del runner
         if self.is_ending:
             mutations = [*mutations, self.release("done")]
-        return self._client.commit(mutations, chunks=chunks, held=self._held)
+        return self._client.commit(mutations, chunks=chunks, held=self._held, **options)
 
     def release(self, state: Any) -> Release:
         """Return the mutation that gives the claim up."""
