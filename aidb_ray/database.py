@@ -28,6 +28,7 @@ from aidb_ray.contracts import (
     is_valid_name,
 )
 from aidb_ray.errors import (
+    AidbError,
     CompactedError,
     ConfigError,
     StorageError,
@@ -38,11 +39,12 @@ from aidb_ray.errors import (
 from aidb_ray.expressions import Migrate
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
-from aidb_ray.store.changes import DeleteSession, bucket_of
+from aidb_ray.store.changes import DeleteSession, Retain, bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.holders import Holders, holders_of
 from aidb_ray.store.local import LocalWrites
+from aidb_ray.store.retention import LEAST_KEPT_MS
 from aidb_ray.store.shared import SharedCollections
 from aidb_ray.store.transaction import Transaction
 
@@ -61,12 +63,17 @@ FIND_TIMEOUT_MS = 30_000
 
 
 class Partition:
-    """One partition as this process reaches it."""
+    """One partition as this process reaches it.
+
+    Attributes:
+        retained: How long rows are kept by collection and session, as far as declared here.
+    """
 
     def __init__(self, ref: ActorRef[StoreActor]) -> None:
         self.ref = ref
         self.client = StoreClient(ref)
         self.writes = LocalWrites()
+        self.retained: dict[tuple[str, str], int] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -262,6 +269,7 @@ class Database:
         session: str | None = ...,
         version: int = ...,
         migrate: Migrate | None = ...,
+        retention_ms: int | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
     def collection(
@@ -273,6 +281,7 @@ class Database:
         session: str | None = ...,
         version: int = ...,
         migrate: Migrate | None = ...,
+        retention_ms: int | None = ...,
     ) -> Collection[R]: ...
     def collection(
         self,
@@ -283,6 +292,7 @@ class Database:
         session: str | None = None,
         version: int = 1,
         migrate: Migrate | None = None,
+        retention_ms: int | None = None,
     ) -> Collection[Any]:
         """Return a collection; it exists once it has a row.
 
@@ -306,10 +316,12 @@ class Database:
                 the row is next updated. Queries see migrated rows, and so the store cannot look
                 for fields: it sends every row of the collection. Without `migrate`, rows of all
                 versions are taken to look alike.
+            retention_ms: Rows are removed when their last write is that long ago; see `retain`,
+                which also ends it. It is declared in the background, once, and holds for all.
 
         Raises:
             ConfigError: `invalid_name`, `invalid_schema`, `invalid_key_field`, `invalid_version`,
-                `invalid_migrate`.
+                `invalid_migrate`, `invalid_retention`.
         """
 
         def make() -> Collection[Any]:
@@ -318,6 +330,8 @@ class Database:
                 self, name, schema, key=key, session=session, version=version, migrate=migrate
             )
 
+        if retention_ms is not None:
+            self._declare_retention(name, session or "", retention_ms)
         loop = _running_loop()
         if loop is None or self.is_closed or not _is_hashable(migrate):
             return make()
@@ -327,6 +341,48 @@ class Database:
                 del self._collections[gone]
             shared = self._collections[loop] = SharedCollections()
         return shared.get((name, schema, key, session, version, migrate), make)
+
+    async def retain(
+        self, collection: str, retention_ms: int | None, *, session: str | None = "aidb://*"
+    ) -> None:
+        """Keep rows of a collection for a while only, or for ever with None; durable.
+
+        Rows whose last write is longer ago are removed by the store, a thousand a commit, up to
+        about a sixteenth late and never early. Readers hear of them as of other deletions. The
+        time is the store's, which it begins to note with the first such policy: rows that are
+        older count as written then. A session's own policy comes before those of patterns, and
+        longer patterns before shorter ones. It holds until it is changed, whoever runs.
+
+        What is at work is left alone whatever its age: streams that have not ended; of the
+        collections that agents rely on, messages that wait, and whatever belongs to a generation
+        or call that has not ended; rows that an effect has claimed.
+
+        Args:
+            collection: Its name; `chunks` for the streams of sessions.
+            retention_ms: At least 1,000.
+            session: Which sessions: one, or a pattern ending in `*`, by default all; None for a
+                collection of no session.
+
+        Raises:
+            ConfigError: `invalid_name`, `invalid_retention`.
+        """
+        _check_retention(collection, session, retention_ms)
+        policy = (collection, session or "")
+        for site in self.sites_of(session or ""):
+            await site.client.commit([Retain(*policy, retention_ms or 0)])
+            site.retained.pop(policy, None)
+
+    def _declare_retention(self, collection: str, session: str, retention_ms: int) -> None:
+        _check_retention(collection, session or None, retention_ms)
+        if _running_loop() is None:
+            raise ConfigError(
+                "retention_ms is sent to the store, which needs a running event loop.",
+                code="invalid_retention",
+            )
+        for site in self.sites_of(session):
+            if site.retained.get((collection, session)) != retention_ms:
+                site.retained[collection, session] = retention_ms
+                site.spawn(_declare(site, collection, session, retention_ms))
 
     @overload
     async def query(self, fn: Callable[[QueryRoot], SingleQuery[R]]) -> R | None: ...
@@ -578,6 +634,7 @@ class Session:
         key: str = ...,
         version: int = ...,
         migrate: Migrate | None = ...,
+        retention_ms: int | None = ...,
     ) -> Collection[dict[str, Any]]: ...
     @overload
     def collection(
@@ -588,6 +645,7 @@ class Session:
         key: str = ...,
         version: int = ...,
         migrate: Migrate | None = ...,
+        retention_ms: int | None = ...,
     ) -> Collection[R]: ...
     def collection(
         self,
@@ -597,10 +655,17 @@ class Session:
         key: str = "id",
         version: int = 1,
         migrate: Migrate | None = None,
+        retention_ms: int | None = None,
     ) -> Collection[Any]:
         """Return a collection of this session. See `Database.collection`."""
         return self.database.collection(
-            name, schema, key=key, session=self.url, version=version, migrate=migrate
+            name,
+            schema,
+            key=key,
+            session=self.url,
+            version=version,
+            migrate=migrate,
+            retention_ms=retention_ms,
         )
 
     async def delete(self) -> None:
@@ -1043,6 +1108,34 @@ def _check_place(name: str, session: str | None) -> None:
         )
     if session is not None:
         _check_session(session)
+
+
+async def _declare(site: Partition, collection: str, session: str, retention_ms: int) -> None:
+    try:
+        await site.client.commit([Retain(collection, session, retention_ms)])
+    except AidbError as error:
+        # Who asks for the collection again tries again.
+        site.retained.pop((collection, session), None)
+        logger.error(  # noqa: TRY400
+            "rows of %r in %r are kept for ever: their retention could not be declared: %s",
+            collection,
+            session,
+            error,
+        )
+
+
+def _check_retention(collection: str, session: str | None, retention_ms: object) -> None:
+    _check_place(collection, session)
+    if collection.startswith("~"):
+        raise ConfigError(f"{collection!r} is the store's own.", code="invalid_name")
+    if retention_ms is None:
+        return
+    if not isinstance(retention_ms, int) or retention_ms < LEAST_KEPT_MS:
+        raise ConfigError(
+            f"Rows are kept for a whole number of milliseconds, {LEAST_KEPT_MS} or more, or for "
+            f"ever, which is None; not for {retention_ms!r}.",
+            code="invalid_retention",
+        )
 
 
 def _check_session(url: str) -> None:

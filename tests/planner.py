@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from aidb_ray.store.changes import (
@@ -16,6 +17,7 @@ from aidb_ray.store.changes import (
 )
 from aidb_ray.store.claims import MAX_TICK_MS
 from aidb_ray.store.plan import Plan
+from aidb_ray.store.retention import Victim
 from aidb_ray.store.tables import LogColumns, Tables
 
 PLACE = (0, 0)
@@ -64,6 +66,12 @@ class Engine:
             plan = Plan(self.tables, 1)
             plan.end_leases()
             self._apply(plan)
+
+    def expire(self, victims: Sequence[Victim]) -> int:
+        plan = Plan(self.tables, 1)
+        removed = plan.expire(victims)
+        self._apply(plan)
+        return removed
 
     def restart(self) -> None:
         """Replay all that was logged into new tables."""

@@ -113,6 +113,7 @@ class Store:
         lose_answers: How many answers to commits are lost on the way back.
         refuses_polls: Whether readers cannot reach the store, while others can.
         deaths: How often the store gave itself up.
+        now: Its clock, in seconds; the one on the wall is `wall` ahead of it.
     """
 
     def __init__(self, directory: Path, **options: Any) -> None:
@@ -137,6 +138,7 @@ class Store:
             partitions=1,
         )
         self.now = 0.0
+        self.wall = 1_000_000_000.0
         self.lose_answers = 0
         self.refuses_polls = False
         self.deaths = 0
@@ -153,7 +155,11 @@ class Store:
     def start(self) -> None:
         self.files = HeldFiles()
         self.actor = StoreActor(
-            self.options, files=self.files, die=self._die, clock=lambda: self.now
+            self.options,
+            files=self.files,
+            die=self._die,
+            clock=lambda: self.now,
+            wall=lambda: self.wall + self.now,
         )
         self._dead = asyncio.get_running_loop().create_future()
         self._local = LocalRef(self.actor)

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +42,12 @@ from aidb_ray.store.changes import (
     Refusal,
 )
 from aidb_ray.store.columns import from_arrow, is_consistent, to_arrow
+from aidb_ray.store.expiry import Expirer
 from aidb_ray.store.feed import CATCHING_UP_BYTES, TAILING_BYTES, Feed
 from aidb_ray.store.plan import Plan
 from aidb_ray.store.polls import Polls
 from aidb_ray.store.reader import RowReader
+from aidb_ray.store.retention import Victim
 from aidb_ray.store.tables import LogColumns, Tables
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ _MAX_DROPPED_CLIENTS = 256
 _RECOVERY_SLICE_MS = 20
 
 Log: TypeAlias = "CommitLog | MemoryLog"
-Answer: TypeAlias = "Committed | Refusal | tuple[int, int]"
+Answer: TypeAlias = "Committed | Refusal | tuple[int, int] | int"
 State: TypeAlias = Literal["recovering", "serving", "disk_full", "stopping", "failed", "stopped"]
 
 
@@ -131,17 +133,30 @@ class StoreStatus:
 
 
 class _Arrival:
-    """A batch, or a registration, on its way to the disk."""
+    """On its way to the disk: a batch, a registration, or what goes because its time is over."""
 
-    __slots__ = ("batch", "outcome", "raw", "supersedes")
+    __slots__ = ("batch", "outcome", "raw", "supersedes", "victims")
 
     def __init__(
-        self, outcome: asyncio.Future[Answer], batch: Batch | None, raw: bytes, supersedes: int = 0
+        self,
+        outcome: asyncio.Future[Answer],
+        batch: Batch | None = None,
+        raw: bytes = b"",
+        supersedes: int = 0,
+        victims: Sequence[Victim] | None = None,
     ) -> None:
         self.outcome = outcome
         self.batch = batch
         self.raw = raw
         self.supersedes = supersedes
+        self.victims = victims
+
+    def plan(self, plan: Plan) -> Answer:
+        if self.batch is not None:
+            return plan.add_batch(self.batch, self.raw)
+        if self.victims is not None:
+            return plan.expire(self.victims)
+        return plan.add_client(self.supersedes)
 
     def answer(self, answer: Answer) -> None:
         if not self.outcome.done():
@@ -169,16 +184,20 @@ class StoreActor:
         files: FileSystem | None = None,
         die: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._options = options
         self._files = files
         self._die = die or _end_process
         self._clock = clock
+        # The clock on the wall is looked at once: it may be set while the store runs.
+        self._began_at_ms = (wall() - clock()) * 1000
         self._state: State = "recovering"
         self._problem = ""
         self._opening: asyncio.Task[None] | None = None
         self._flusher: asyncio.Task[None] | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._expirer: Expirer
         self._snapshots: SnapshotTaker | None = None
         self._log: Log
         self._tables: Tables
@@ -248,6 +267,7 @@ class StoreActor:
         if self._options.in_process:
             self._tables.leases.expire_all()
         self._count_leases()
+        self._expirer.wake()
         logger.info(
             "store opened",
             extra={"revision": self._tables.revision, "recovery_ms": self._recovery_ms},
@@ -311,6 +331,7 @@ class StoreActor:
         self._tables, self._feed = tables, feed
         self._polls = Polls(feed)
         self._reader = RowReader(tables, log)
+        self._expirer = Expirer(tables, self._reader, self._remove, self._now_ms)
         self._generation = str(uuid4())
         self._client_seen = OrderedDict.fromkeys(tables.clients, self._clock())
         if self._options.durability == "local":
@@ -370,6 +391,7 @@ class StoreActor:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        await self._expirer.aclose()
         self._polls.release_all()
         if self._snapshots is not None:
             await self._snapshots.aclose()
@@ -384,7 +406,7 @@ class StoreActor:
         unknown outcome becomes known: applied exactly if its number is at most the returned one.
         """
         await self._ready()
-        outcome = await self._enqueue(None, b"", supersedes)
+        outcome = await self._enqueue(supersedes=supersedes)
         assert isinstance(outcome, tuple)
         return (*outcome, self._generation)
 
@@ -401,12 +423,34 @@ class StoreActor:
         """
         await self._ready()
         batch = _checked_batch(raw)
-        outcome = await self._enqueue(batch, raw, 0)
+        outcome = await self._enqueue(batch, raw)
         if isinstance(outcome, Refusal):
             raise outcome.to_error()
         return wire.encode(outcome)
 
-    async def _enqueue(self, batch: Batch | None, raw: bytes, supersedes: int) -> Answer:
+    async def sweep(self) -> int:
+        """Remove now what is older than it is kept, and return how much went.
+
+        The store does so by itself, up to about a sixteenth of that time late.
+        """
+        await self._ready()
+        return await self._expirer.sweep(waits=False)
+
+    async def _remove(self, victims: Sequence[Victim]) -> int:
+        outcome = await self._enqueue(victims=victims)
+        assert isinstance(outcome, int)
+        return outcome
+
+    def _now_ms(self) -> int:
+        return round(self._began_at_ms + self._clock() * 1000)
+
+    async def _enqueue(
+        self,
+        batch: Batch | None = None,
+        raw: bytes = b"",
+        supersedes: int = 0,
+        victims: Sequence[Victim] | None = None,
+    ) -> Answer:
         if self._queued_bytes > MAX_QUEUED_BYTES:
             raise UnavailableError(
                 "The store has 256 MiB of commits waiting; send again later.",
@@ -414,7 +458,7 @@ class StoreActor:
                 code="overloaded",
             )
         outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._arrivals.append(_Arrival(outcome, batch, raw, supersedes))
+        self._arrivals.append(_Arrival(outcome, batch, raw, supersedes, victims))
         self._queued_bytes += len(raw)
         self._arrived.set()
         return await asyncio.shield(outcome)
@@ -440,12 +484,8 @@ class StoreActor:
     async def _flush(self) -> None:
         taken = self._taken = self._take()
         plan = Plan(self._tables, self._log.epoch)
-        answers: list[Answer] = [
-            plan.add_batch(arrival.batch, arrival.raw)
-            if arrival.batch is not None
-            else plan.add_client(arrival.supersedes)
-            for arrival in taken
-        ]
+        plan.mark_time(self._now_ms())
+        answers = [arrival.plan(plan) for arrival in taken]
         for client_id in self._silent_clients():
             if client_id not in plan.clients:
                 plan.drop_client(client_id)
@@ -513,6 +553,7 @@ class StoreActor:
         self._reader.indexes.hear(entries)
         self._polls.wake(entries)
         self._count_leases()
+        self._expirer.wake()
         now = self._clock()
         for client_id, record in plan.clients.items():
             if record is None:

@@ -172,6 +172,20 @@ class DeleteSession(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=Fal
     session: str
 
 
+class Retain(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """Keep rows for a while only, counted from their last write.
+
+    Attributes:
+        collection: `chunks` for streams, which are kept until they have ended in any case.
+        session: Exactly this session, or those that a pattern ending in `*` names.
+        keep_ms: How long; 0 for ever.
+    """
+
+    collection: str
+    session: str
+    keep_ms: int
+
+
 Mutation: TypeAlias = (
     Insert
     | Update
@@ -183,6 +197,7 @@ Mutation: TypeAlias = (
     | Release
     | Disown
     | DeleteSession
+    | Retain
 )
 
 

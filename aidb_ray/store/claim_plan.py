@@ -203,6 +203,11 @@ class ClaimPlan:
             end.after = StoredRow(revision, orphan.encode())
             claiming.holds.append((place, holder, None))
 
+    def is_worked_on(self, place: Place, ends: Ends) -> bool:
+        """Whether someone has claimed a row, or is to take over from one who had."""
+        after = self._claim_end(place, ends).after
+        return after is not None and decode_claim(after.value).state in ("held", "orphan")
+
     def forget(self, deleted: Delete, ends: Ends, claiming: Claiming) -> None:
         """Drop what is kept beside a row that is deleted."""
         place = (deleted.session, deleted.collection, deleted.key)

@@ -27,6 +27,7 @@ from aidb_ray.store.changes import (
     Refusal,
     Release,
     Renew,
+    Retain,
     Runner,
     StoredRow,
     Update,
@@ -35,15 +36,19 @@ from aidb_ray.store.changes import (
 from aidb_ray.store.claim_plan import Claiming, ClaimPlan, Ends
 from aidb_ray.store.claims import CLAIMS, LOG_TICKS_MS, RunnerEpochs
 from aidb_ray.store.columns import EMPTY
+from aidb_ray.store.retention import Victim
 from aidb_ray.store.tables import (
     APPEND,
     CLIENTS,
     EPOCHS,
     LEASES,
+    POLICIES,
     PUT,
     REMOVE,
     REMOVE_SESSION,
+    REMOVE_STREAM,
     SYSTEM,
+    TIMES,
     Appended,
     ClientRecord,
     Entry,
@@ -57,7 +62,7 @@ from aidb_ray.store.tables import (
 
 _UNKNOWN = StoredRow(-1, b"")
 _NO_STREAM = (0, "")
-_OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown})
+_OF_NO_SESSION = frozenset({ClaimBuckets, Renew, Disown, Retain})
 
 
 class Plan:
@@ -152,6 +157,51 @@ class Plan:
         if leases.holders and leases.now_ms - leases.logged_ms >= LOG_TICKS_MS:
             self._put_system(self.revision, LEASES, "now", encode(leases.now_ms))
 
+    def expire(self, victims: Sequence[Victim]) -> int:
+        """Remove rows and streams whose time is over, if they are as they were; return how many."""
+        revision = self.revision + 1
+        ends: Ends = {}
+        claiming = Claiming()
+        streams: list[Victim] = []
+        removed = 0
+        for victim in victims:
+            where = (victim.session, victim.collection, victim.key)
+            if victim.collection == CHUNKS:
+                streams += [victim] if self._is_as_it_was(victim) else []
+                continue
+            end = self._look(where)
+            if end.after is None or end.after.revision != victim.revision:
+                continue
+            if self._claims.is_worked_on(where, ends):
+                continue
+            end.after = None
+            ends[where] = end
+            self._claims.forget(Delete(*where), ends, claiming)
+            removed += 1
+        if not removed and not streams:
+            return 0
+        self.revision = revision
+        self._accept_rows(revision, ends)
+        self._claims.accept(revision, claiming)
+        for name, _, generation_id, _ in streams:
+            self._streams[name, generation_id] = _NO_STREAM
+            self._write(revision, REMOVE_STREAM, name, CHUNKS, generation_id, None)
+            home = self._tables.session(name)
+            self.entries.append(Entry(revision, home, CHUNKS, generation_id, None, None))
+        return removed + len(streams)
+
+    def _is_as_it_was(self, victim: Victim) -> bool:
+        stream = self._tables.session(victim.session).streams.get(victim.key)
+        is_untouched = (victim.session, victim.key) not in self._streams
+        return is_untouched and stream is not None and stream.revision == victim.revision
+
+    def mark_time(self, now_ms: int) -> None:
+        """Note when the revisions so far were written, if rows are kept for a while only."""
+        tables = self._tables
+        for at, at_ms in list(tables.retention.new_marks(tables.revision, now_ms)):
+            value = None if at_ms is None else encode(at_ms)
+            self._put_system(self.revision, TIMES, f"{at:016x}", value)
+
     def _client(self, client_id: int) -> ClientRecord | None:
         if client_id in self.clients:
             return self.clients[client_id]
@@ -166,6 +216,7 @@ class Plan:
         ends: Ends = {}
         streams: dict[tuple[str, str], tuple[int, str]] = {}
         claims: list[ClaimBuckets] = []
+        policies: list[Retain] = []
         runner, held = commit.runner, commit.held
         claiming: Claiming | None = None
         if held is not None:
@@ -194,6 +245,10 @@ class Plan:
                 refusal = self._plan_append(mutation, chunks, streams)
             elif isinstance(mutation, DeleteSession):
                 return self._delete_session(mutation.session, revision, commit)
+            elif isinstance(mutation, Retain):
+                if mutation.keep_ms < 0 or mutation.collection.startswith("~"):
+                    return Refusal("invalid_retention")
+                policies.append(mutation)
             elif isinstance(mutation, ClaimBuckets):
                 if not 0 <= mutation.low < mutation.high <= BUCKETS:
                     return Refusal("invalid_buckets")
@@ -211,6 +266,10 @@ class Plan:
         self._accept_rows(revision, ends)
         for claim in claims:
             self._claim(claim, revision)
+        for policy in policies:
+            value = encode(policy.keep_ms) if policy.keep_ms else None
+            key = f"{policy.collection}\0{policy.session}"
+            self._put_system(revision, POLICIES, key, value)
         if claiming is not None:
             self._claims.accept(revision, claiming)
         return None

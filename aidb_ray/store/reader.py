@@ -27,8 +27,8 @@ from aidb_ray.store.changes import (
 from aidb_ray.store.columns import ERASED, from_arrow
 from aidb_ray.store.indexes import Indexes, PartialIndex, Place
 from aidb_ray.store.matching import RowTest, make_row_test
-from aidb_ray.store.streams import Run
-from aidb_ray.store.tables import SYSTEM, Tables
+from aidb_ray.store.streams import Run, Stream, decode_stream
+from aidb_ray.store.tables import STREAMS, SYSTEM, Tables
 
 if TYPE_CHECKING:
     from aidb_ray.store.log import CommitLog, MemoryLog, Snapshot
@@ -149,6 +149,34 @@ class RowReader:
             for name in snapshot.sessions(prefix):
                 if name > after and name != SYSTEM and name not in resident:
                     yield name
+
+    async def rows(self, wanted: Filter) -> AsyncIterator[FoundRow]:
+        """Yield the rows of a filter, each as it is when it comes by or was when this began."""
+        if wanted.session is None:
+            async for row in self._matches(wanted, None):
+                yield row
+            return
+        for row in list(self._session_rows(wanted, wanted.session, None)):
+            yield row
+
+    async def streams(self, wanted: Filter) -> AsyncIterator[tuple[str, str, Stream]]:
+        """Yield (session, generation, stream) of the sessions of a filter. See `rows`."""
+        turns = _Turns()
+        names = list(self._tables.sessions) if wanted.session is None else [wanted.session]
+        for name in names:
+            session = self._tables.peek(name)
+            if wanted.covers(name, session.bucket):
+                for key, stream in list(session.streams.items()):
+                    yield name, key, stream
+            await turns.give_way()
+        snapshot = self._log.snapshot()
+        if snapshot is None or wanted.session is not None:
+            return
+        resident = set(names)
+        for name, key, _, value in snapshot.scan(STREAMS):
+            if name not in resident and wanted.covers(name, 0):
+                yield name, key, decode_stream(value)
+            await turns.give_way()
 
     # Pages.
 

@@ -27,6 +27,7 @@ from aidb_ray.store.changes import (
 from aidb_ray.store.claims import CLAIMS, Lease, Leases, Place, RunnerEpochs, decode_epochs
 from aidb_ray.store.columns import EMPTY, cut
 from aidb_ray.store.presence import NamePresence
+from aidb_ray.store.retention import Retention
 from aidb_ray.store.streams import (
     Garbage,
     Run,
@@ -43,9 +44,11 @@ if TYPE_CHECKING:
 PUT, REMOVE, APPEND = 1, 2, 3
 REMOVE_SESSION = 5
 """All that a session held; the value is a `Removed`, for readers are told of each row."""
+REMOVE_STREAM = 6
 SYSTEM = "~"
 """The session of the store's own rows: clients, runner epochs, leases and what is claimed."""
 CLIENTS, EPOCHS, HOLDERS, LEASES = "clients", "epochs", "holders", "leases"
+POLICIES, TIMES = "policies", "times"
 GARBAGE = "garbage"
 """Rows of the system session that name chunks which no stream refers to any more."""
 STREAMS = "~streams"
@@ -220,6 +223,7 @@ def _replayed(
     return Entry(revision, home, collection, key, before, after, is_blind=is_blind)
 
 
+decode_number = msgspec.msgpack.Decoder(int).decode
 _decode_held = msgspec.msgpack.Decoder(tuple[str, int]).decode
 _decode_lease = msgspec.msgpack.Decoder(Lease).decode
 
@@ -259,6 +263,7 @@ class Tables:
         self.clients: dict[int, ClientRecord] = {}
         self.epochs: dict[str, RunnerEpochs] = {}
         self.leases = Leases()
+        self.retention = Retention()
         self.sessions: dict[str, SessionRows] = {}
         self.presence: NamePresence | None = None
         self.weight = 0
@@ -349,6 +354,9 @@ class Tables:
                 assert value is not None
                 removed = msgspec.msgpack.decode(value, type=Removed)
                 yield from self._replay_removal(revision, session, removed, place)
+            elif op == REMOVE_STREAM:
+                self._drop_stream(revision, session, key, before=place)
+                yield Entry(revision, session, CHUNKS, key, None, None)
             else:
                 after = None if op == REMOVE else StoredRow(revision, value or b"")
                 before = session.put(collection, key, after)
@@ -425,9 +433,9 @@ class Tables:
             if after is not None:
                 self.epochs[key] = decode_epochs(after.value)
         else:
-            self._put_lease(collection, key, before, after)
+            self._put_of_system(collection, key, before, after)
 
-    def _put_lease(
+    def _put_of_system(
         self, collection: str, key: str, before: StoredRow | None, after: StoredRow | None
     ) -> None:
         if collection == CLAIMS:
@@ -438,7 +446,12 @@ class Tables:
         elif collection == HOLDERS:
             self.leases.put_holder(key, after and _decode_lease(after.value))
         elif collection == LEASES and after is not None:
-            self.leases.resume_at(msgspec.msgpack.decode(after.value, type=int))
+            self.leases.resume_at(decode_number(after.value))
+        elif collection == POLICIES:
+            name, session = key.split("\0")
+            self.retention.put_policy(name, session, after and decode_number(after.value))
+        elif collection == TIMES:
+            self.retention.put_mark(int(key, 16), after and decode_number(after.value))
 
     def apply(self, plan: Plan, place: tuple[int, int]) -> list[Entry]:
         """Make a plan so, once the log holds it at `place`; returns its changes in order."""
@@ -461,7 +474,7 @@ class Tables:
             system.is_dirty = True
             before = system.put(collection, key, row)
             if collection not in (CLIENTS, EPOCHS):
-                self._put_lease(collection, key, before, row)
+                self._put_of_system(collection, key, before, row)
         self.weight += added + system.weight - weight
         for client_id, record in plan.clients.items():
             if record is None:

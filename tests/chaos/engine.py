@@ -44,6 +44,7 @@ from aidb_ray.store.changes import (
     Filter,
     Insert,
     ReadRequest,
+    Retain,
 )
 from aidb_ray.store.files import FileSystem
 from aidb_ray.store.log import CommitLog, create_store
@@ -54,6 +55,10 @@ CLIENTS: Final = 6
 COMMITS_A_BATCH: Final = 2
 CHUNKS_A_BATCH: Final = 2
 BATCHES_A_SESSION: Final = 11
+LINES: Final = "lines"
+LINES_KEPT_MS: Final = 1_000
+HURRY: Final = 100
+"""How much faster time goes for the store, so that lines are soon old."""
 KILLS_A_STORE: Final = 30
 LONGEST_LIFE_S: Final = 0.5
 STORE_UUID: Final = "killed"
@@ -84,7 +89,11 @@ class Promises:
 
 @dataclass(slots=True)
 class Report:
-    """What happened, so that a clean run also shows that things were really killed."""
+    """What happened, so that a clean run also shows that things were really killed.
+
+    Attributes:
+        lines_gone: How many were missing at the end because their time was over.
+    """
 
     seed: int = 0
     kills: int = 0
@@ -94,6 +103,7 @@ class Report:
     torn_tails: int = 0
     torn_bytes: int = 0
     unknown_outcomes: int = 0
+    lines_gone: int = 0
     reopen_ms: list[float] = field(default_factory=list[float])
     seconds: float = 0.0
 
@@ -105,6 +115,17 @@ class Report:
             round(times[len(times) // 2], 1), round(times[len(times) * 99 // 100], 1)
         ]  # fmt: skip
         return counts
+
+
+def hurried(options: StoreOptions, files: FileSystem) -> StoreActor:
+    """Return a store for which time flies."""
+    return StoreActor(
+        options,
+        files=files,
+        die=lambda: os._exit(70),
+        clock=lambda: HURRY * time.monotonic(),
+        wall=lambda: HURRY * time.time(),
+    )
 
 
 def session_of(client: int) -> str:
@@ -136,11 +157,13 @@ def make_batch(client: int, client_id: int, number: int) -> bytes:
     payloads = [chunk_of(client, number, first + at) for at in range(CHUNKS_A_BATCH)]
     ends = array("i", [len(b"".join(payloads[: at + 1])) for at in range(CHUNKS_A_BATCH)])
     append = Append(session, f"g{client}", 1, first, 0, CHUNKS_A_BATCH)
-    commits = [Commit((Delete(session, "messages", "row"), insert)), Commit((append,))]
+    line = Insert(session, LINES, f"{number:06d}", b"{}")
+    commits = [Commit((Delete(session, "messages", "row"), insert)), Commit((append, line))]
     if number == 1:
-        commits = [Commit((insert,)), Commit((append,))]
+        policy = Retain(LINES, "aidb://*", LINES_KEPT_MS)
+        commits = [Commit((insert, policy)), Commit((append, line))]
     elif began_with(number) == number:
-        commits = [Commit((DeleteSession(session),)), Commit((insert, append))]
+        commits = [Commit((DeleteSession(session),)), Commit((insert, append, line))]
     return wire.encode(
         Batch(
             client_id,
@@ -166,13 +189,18 @@ async def live(
         os.write(pipe, _MESSAGE.pack(kind, client, first, second))
 
     began = time.perf_counter()
-    actor = StoreActor(options, files=files, die=lambda: os._exit(70))
+    actor = hurried(options, files)
     status = await actor.open()
     opened_us = round((time.perf_counter() - began) * 1e6)
     unknown = 0
     for client in range(CLIENTS):
         unknown += await check_client(actor, client, promises.answered[client])
     tell(_SERVING, unknown, status.torn_bytes, opened_us)
+
+    async def sweep() -> None:
+        while True:
+            await actor.sweep()
+            await asyncio.sleep(0.001)
 
     async def run_client(client: int) -> None:
         if not promises.client_ids[client]:
@@ -187,7 +215,7 @@ async def live(
             promises.revisions[client] = answer.first_revision
             tell(_ANSWERED, client, number, answer.first_revision)
 
-    await asyncio.gather(*(run_client(client) for client in active))
+    await asyncio.gather(sweep(), *(run_client(client) for client in active))
 
 
 def check_answer(answer: Committed, client: int, number: int, last_revision: int) -> None:
@@ -198,12 +226,17 @@ def check_answer(answer: Committed, client: int, number: int, last_revision: int
         raise WrongError(f"batch {number} of client {client} got an older revision")
 
 
+async def applied_to(actor: StoreActor, session: str) -> int:
+    """Return the number of the last batch that a session holds, 0 if there is none."""
+    request = ReadRequest(Filter("messages", session), "row")
+    page = wire.decode_page(await actor.read(wire.encode(request)))
+    return number_of(page.rows[0].value) if page.rows else 0
+
+
 async def check_client(actor: StoreActor, client: int, answered: int) -> bool:
     """Check a client's row and chunks; return whether its unanswered batch had been applied."""
     session = session_of(client)
-    request = ReadRequest(Filter("messages", session), "row")
-    page = wire.decode_page(await actor.read(wire.encode(request)))
-    applied = number_of(page.rows[0].value) if page.rows else 0
+    applied = await applied_to(actor, session)
     if applied not in (answered, answered + 1):
         raise WrongError(f"client {client} had answers up to {answered}, the row says {applied}")
     index = 0
@@ -221,9 +254,21 @@ async def check_client(actor: StoreActor, client: int, answered: int) -> bool:
                 start = end
                 index += 1
         more = chunks.more
+    await check_lines(actor, session, applied)
     if index != (applied - began_with(applied) + 1) * CHUNKS_A_BATCH * (applied > 0):
         raise WrongError(f"client {client} has {index} chunks after {applied} batches")
     return applied > answered
+
+
+async def check_lines(actor: StoreActor, session: str, applied: int) -> int:
+    """Check that of the lines that a client wrote only the oldest have gone; return how many."""
+    page = wire.decode_page(await actor.read(wire.encode(ReadRequest(Filter(LINES, session)))))
+    kept = [int(row.key) for row in page.rows]
+    if kept != list(range(applied + 1 - len(kept), applied + 1)):
+        raise WrongError(f"of the lines up to {applied} of {session} only {kept} are kept")
+    if kept and kept[0] < began_with(applied):
+        raise WrongError(f"line {kept[0]} of {session} was deleted with its session")
+    return max(0, applied - began_with(applied) + 1 - len(kept))
 
 
 def check_log(options: StoreOptions, promises: Promises) -> None:
@@ -360,7 +405,7 @@ def run(*, kills: int, seed: int, snapshot_bytes: int) -> Report:
             promises = Promises()
             for _ in range(min(KILLS_A_STORE, kills - report.kills)):
                 run_life(options, choose_files(rng, report), promises, report, rng)
-            run_check(options, promises)
+            report.lines_gone += run_check(options, promises)
             if not snapshot_bytes:
                 check_log(options, promises)
             report.stores += 1
@@ -381,17 +426,21 @@ def choose_files(rng: Random, report: Report) -> FileSystem:
     return ForgetfulFiles(die_in_sync=rng.randint(2, rng.choice((6, 30))))
 
 
-def run_check(options: StoreOptions, promises: Promises) -> None:
-    """Check all promises in a last life that ends well."""
+def run_check(options: StoreOptions, promises: Promises) -> int:
+    """Check all promises in a last life that ends well; return how many lines have gone."""
 
-    async def check() -> None:
-        actor = StoreActor(options, files=FileSystem())
+    async def check() -> int:
+        actor = hurried(options, FileSystem())
         await actor.open()
         for client in range(CLIENTS):
             await check_client(actor, client, promises.answered[client])
+        lines_gone = 0
+        for session in map(session_of, range(CLIENTS)):
+            lines_gone += await check_lines(actor, session, await applied_to(actor, session))
         await actor.stop()
+        return lines_gone
 
-    asyncio.run(check())
+    return asyncio.run(check())
 
 
 def main() -> None:
