@@ -182,6 +182,11 @@ EXPECTED = {
 
 def test_a_live_query_of_several_sources_equals_the_same_query_run_afresh() -> None:
     seen = run(300)
+    for _ in range(4):
+        # What is seldom may be missing in so few cases.
+        if seen.keys() >= EXPECTED:
+            break
+        seen += run(300)
 
     share = {trait: found / seen["cases"] for trait, found in seen.items()}
     assert share.keys() >= EXPECTED

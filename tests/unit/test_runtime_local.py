@@ -19,6 +19,7 @@ from aidb_ray.runtime import ActorRef, LocalRef
 ERRORS: tuple[Exception, ...] = (
     errors.AidbError("base", code="special"),
     errors.ConfigError("config"),
+    errors.CoroutineError("a plain function, please"),
     errors.NotReadyError("not ready"),
     errors.RowError("row", collection="c", key="k", loc=("a", 1)),
     errors.KeyExistsError("exists", collection="c", key="k"),
