@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import aidb_ray
 from aidb_ray import (
     Collection,
     ConfigError,
+    ContractError,
     Database,
     StoreMismatchError,
     connect,
@@ -256,3 +258,14 @@ async def test_handles_travel_and_find_their_way(db: Database) -> None:
     assert await rows.find("a") == {"id": "a"}
     # In the process that is connected they share its connection.
     assert again._sites is db
+
+
+async def test_a_reference_to_an_object_is_no_value_of_a_row(db: Database) -> None:
+    """It dies with its owner, so a row that kept it would name nothing."""
+    rows = db.collection("rows")
+
+    with pytest.raises(ContractError) as caught:
+        rows.insert({"id": "a", "data": {"here": ray.put(1)}})
+
+    assert (caught.value.code, caught.value.loc) == ("not_serializable", ("data", "here"))
+    assert await rows.find("a") is None

@@ -42,6 +42,7 @@ from aidb_ray import (
     declare_tool,
     durable_agent,
     eq,
+    replay,
     stream_to_collection,
     tool,
 )
@@ -53,14 +54,17 @@ from aidb_ray.store import changes as wire
 from aidb_ray.store import collection as collection_module
 from aidb_ray.store.actor import StoreActor
 from aidb_ray.store.changes import (
+    BUCKETS,
     Append,
     Batch,
     Claim,
+    ClaimBuckets,
     Commit,
-    Disown,
+    Delete,
     Held,
     Insert,
     Release,
+    Runner,
 )
 from aidb_ray.store.columns import pack
 from aidb_ray.testing import CallTool, Reply, ScriptedModel, database, eventually
@@ -79,6 +83,15 @@ class Task(BaseModel):
     done: bool = False
     score: float = 0.0
     data: Any = None
+
+
+class Part(BaseModel):
+    """A chunk of one's own."""
+
+    id: str
+    generation_id: str
+    index: int
+    text: str
 
 
 class Place:
@@ -117,7 +130,7 @@ class Place:
         return status.revision
 
 
-async def chunks_of(*contents: str | int) -> AsyncIterator[Any]:
+async def chunks_of(*contents: Any) -> AsyncIterator[Any]:
     for content in contents:
         yield content
 
@@ -957,22 +970,146 @@ async def test_30_a_tool_that_never_returns_is_stopped_and_what_comes_late_follo
     assert after.late_result == (7 if policy == "mark" else None)
 
 
-async def test_31_an_end_under_a_claim_that_is_lost_and_one_that_is_sent_again(
+async def test_31_an_end_under_a_claim_that_is_lost_and_one_that_is_written_twice(
     db: Database,
 ) -> None:
     calls, client = db.session(URL).tool_calls, db.partitions[0].client
     await calls.insert({"id": "a", "generation_id": "g", "name": "t"})
     where = (URL, "tool_calls", "a")
-    first = await client.commit([Claim(*where, "tools", "one", 60_000)])
-    await client.commit([Disown("one")])
-    second = await client.commit([Claim(*where, "tools", "two", 60_000)])
-    (before,) = await db.status()
+    lost = await client.commit([Claim(*where, "tools", "one", SOON_MS)])
+    await client.commit([Release(*where, lost, "orphan")])
+    kept = await client.commit([Claim(*where, "tools", "two", SOON_MS)])
 
     with pytest.raises(FencedError) as caught:
-        await client.commit([Release(*where, first)], held=Held(*where, first))
+        await client.commit([Delete(*where), Release(*where, lost)], held=Held(*where, lost))
 
     assert caught.value.code == "stale_claim"
-    (after,) = await db.status()
-    assert after.revision == before.revision
-    await client.commit([Release(*where, second)], held=Held(*where, second))
-    await client.commit([Release(*where, second)])
+    assert (caught.value.our_epoch, caught.value.current_epoch) == (lost, kept)
+    (status,) = await db.status()
+    assert status.revision == kept
+    for _ in range(2):
+        await client.commit([Release(*where, kept)])
+    assert await calls.find("a") is not None
+
+
+async def test_33_a_second_runner_takes_over_and_the_first_is_refused(db: Database) -> None:
+    client = db.partitions[0].client
+    first = await client.commit([ClaimBuckets("a", 0, BUCKETS)])
+    second = await client.commit([ClaimBuckets("a", 0, BUCKETS)])
+    row = Insert(URL, "rows", "x", b'{"id":"x"}')
+
+    with pytest.raises(FencedError) as caught:
+        await client.commit([row], runner=Runner("a", first))
+
+    assert caught.value.code == "fenced"
+    assert (caught.value.our_epoch, caught.value.current_epoch) == (first, second)
+    (status,) = await db.status()
+    assert status.revision == second
+    await client.commit([row], runner=Runner("a", second))
+
+
+async def test_33_with_two_runners_each_message_gets_one_reply(db: Database) -> None:
+    definition = durable_agent(name="a", adapter=ScriptedModel(lambda _: "once"))
+    async with connection(db) as other:
+        runners = [create_agent(definition, database=each) for each in (db, other)]
+        await asyncio.gather(*(each.ready() for each in runners))
+        handles = [
+            runner.send("go", session=f"aidb://a/{number}")
+            for number, runner in enumerate([*runners, *runners])
+        ]
+        for handle in handles:
+            assert (await handle.reply(timeout_ms=SOON_MS)).content == "once"
+        for runner in runners:
+            await runner.aclose()
+
+    said = await db.query(lambda q: q.from_(m=db.collection("messages", session="aidb://a/*")))
+    assert sorted(message["role"] for message in said) == ["assistant"] * 4 + ["user"] * 4
+
+
+# Chunks that say themselves which they are.
+
+
+def numbered(chunk: tuple[Any, str], index: int, generation_id: str) -> dict[str, Any]:
+    del index, generation_id
+    return {"index": chunk[0], "type": "TEXT_MESSAGE_CONTENT", "content": chunk[1]}
+
+
+GOOD = [(0, "a"), (1, "b")]
+
+
+@pytest.mark.parametrize(
+    ("came", "error", "code"),
+    [
+        ([*GOOD, (3, "d")], ConflictError, "sequence_gap"),
+        ([*GOOD, (1, "other")], ConflictError, "chunk_conflict"),
+        ([*GOOD, (-1, "d")], ContractError, "invalid_index"),
+        ([*GOOD, (True, "d")], ContractError, "invalid_index"),
+        ([*GOOD, ("2", "d")], ContractError, "invalid_index"),
+        ([*GOOD, (2, "\ud800")], ContractError, "invalid_unicode"),
+    ],
+    ids=["34-gap", "34-other-bytes", "34-below-0", "34-boolean", "34-text", "10-half-a-character"],
+)
+async def test_a_chunk_out_of_turn_ends_the_stream_where_it_is(
+    db: Database, came: list[Any], error: type[AidbError], code: str
+) -> None:
+    chunks = db.session(URL).chunks
+
+    with pytest.raises(error) as caught:
+        await stream_to_collection(
+            chunks_of(*came), collection=chunks, generation_id="g", transform=numbered
+        )
+
+    assert caught.value.code == code
+    if isinstance(caught.value, ConflictError) and code == "sequence_gap":
+        assert (caught.value.expected, caught.value.got) == (2, 3)
+    assert [chunk.content async for chunk in replay(chunks, generation_id="g")] == ["a", "b"]
+
+
+async def test_34_a_chunk_that_comes_again_changes_nothing(db: Database) -> None:
+    chunks = db.session(URL).chunks
+    came = [*GOOD, (0, "a"), (2, "c"), (1, "b"), (2, "c"), (3, "d")]
+
+    written = await stream_to_collection(
+        chunks_of(*came), collection=chunks, generation_id="g", transform=numbered
+    )
+
+    assert written == 4
+    told = [(chunk.index, chunk.content) async for chunk in replay(chunks, generation_id="g")]
+    assert told == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
+
+
+async def test_34_a_chunk_that_is_a_row_comes_once(db: Database) -> None:
+    rows = db.session(URL).collection("parts", Part)
+
+    def part(text: str, index: int, generation_id: str) -> Part:
+        return Part(id=f"{generation_id}:{index % 2}", generation_id="g", index=index, text=text)
+
+    with pytest.raises(KeyExistsError) as caught:
+        await stream_to_collection(
+            chunks_of("a", "b", "c"), collection=rows, generation_id="g", transform=part
+        )
+
+    assert (caught.value.code, caught.value.key) == ("duplicate_key", "g:0")
+    assert await rows_of(rows) == []
+
+
+async def test_35_a_stream_that_raises_keeps_what_came_before_and_is_closed(db: Database) -> None:
+    chunks = db.session(URL).chunks
+
+    async def breaks_off() -> AsyncIterator[str]:
+        yield "a"
+        yield "b"
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError):
+        await stream_to_collection(
+            breaks_off(), collection=chunks, generation_id="g", transform=as_chunk
+        )
+
+    # It ends, for the end is stored.
+    assert [chunk.content async for chunk in replay(chunks, generation_id="g")] == ["a", "b"]
+    with pytest.raises(ConflictError) as caught:
+        await stream_to_collection(
+            chunks_of("c"), collection=chunks, generation_id="g", transform=as_chunk
+        )
+    assert caught.value.code == "stream_closed"

@@ -228,6 +228,17 @@ async def test_a_wrong_structured_answer_is_sent_back_with_what_is_wrong() -> No
     assert "value" in script.conversations[2][4].content
 
 
+async def test_a_structured_answer_that_says_two_things_is_sent_back() -> None:
+    script = Recorded('{"value": 41, "value": 42}', '{"value": 42}')
+
+    answer = await chat(
+        adapter=ScriptedModel(script), messages=HELLO, output_schema=Answer, stream=False
+    )
+
+    assert answer == Answer(value=42)
+    assert "twice" in script.conversations[1][2].content
+
+
 async def test_wrong_structured_answers_come_to_an_end() -> None:
     script = Recorded(*["no"] * 10)
 
