@@ -7,7 +7,7 @@ import gc
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel
@@ -21,7 +21,9 @@ from aidb_ray import (
     Database,
     Effect,
     History,
+    ModelError,
     RequestedCall,
+    Retry,
     Tool,
     ToolContext,
     chat,
@@ -32,6 +34,7 @@ from aidb_ray import (
     create_worker_agent,
     declare_tool,
     durable_agent,
+    durable_chat,
     eq,
     make_async_tool,
     make_durable_tool,
@@ -39,9 +42,10 @@ from aidb_ray import (
 )
 from aidb_ray import database as database_module
 from aidb_ray.agents.run import GenerateContext
+from aidb_ray.contracts import Usage
 from aidb_ray.models.base import Event, ModelMessage
 from aidb_ray.query.query import Query
-from aidb_ray.testing import LoopClock, ScriptedModel, eventually
+from aidb_ray.testing import CallTool, LoopClock, ScriptedModel, eventually
 from tests.stores import Process, open_store
 
 URL = "aidb://desk/1"
@@ -118,6 +122,14 @@ def generate_jobs(jobs: Collection[Job], generate: Any, **options: Any) -> Effec
     )
 
 
+def give() -> str:
+    return "given"
+
+
+def make_loud(text: str) -> str:
+    return text.upper()
+
+
 def fail(text: str) -> None:
     raise ValueError("no luck")
 
@@ -130,13 +142,14 @@ def fail_to_generate(row: Job, ctx: ToolContext) -> str:
 
 
 async def test_what_is_inserted_into_its_messages_is_answered(db: Database) -> None:
-    agent = create_agent(durable_agent(name="echo", adapter=Listening(), stream_url=URL))
+    agent = create_agent(durable_agent(name="desk", adapter=Listening(), stream_url=URL))
     messages = agent.collections.messages
     await messages.insert(
         {"role": "user", "actor_id": "user-42", "target_agent": agent.name, "content": "hello"}
     )
 
-    [asked, reply] = await eventually(messages, lambda rows: len(rows) == 2, within_ms=SOON_MS)
+    rows = await eventually(messages, lambda rows: len(rows) == 2, within_ms=SOON_MS)
+    [asked, reply] = sorted(rows, key=lambda row: row.created_at)
 
     assert (asked.processed, reply.content) == (True, "You said hello.")
     assert (reply.in_reply_to, reply.actor_id) == (asked.id, agent.name)
@@ -144,7 +157,7 @@ async def test_what_is_inserted_into_its_messages_is_answered(db: Database) -> N
 
 async def test_instructions_reach_the_model(db: Database) -> None:
     model = Listening()
-    agent = create_agent(durable_agent(name="echo", adapter=model, instructions="Be brief."))
+    agent = create_agent(durable_agent(name="desk", adapter=model, instructions="Be brief."))
     await ask(agent, "hello")
 
     assert model.told == [["Be brief."]]
@@ -162,7 +175,7 @@ async def test_instructions_reach_the_model_of_a_worker(db: Database) -> None:
 
 async def test_history_bounds_what_the_model_reads(db: Database) -> None:
     model = Listening()
-    agent = create_agent(durable_agent(name="echo", adapter=model, history=History(max_tokens=1)))
+    agent = create_agent(durable_agent(name="desk", adapter=model, history=History(max_tokens=1)))
     await ask(agent, "one")
     await ask(agent, "two")
 
@@ -196,7 +209,7 @@ async def test_generate_is_given_what_the_agent_was_made_of(
             await asyncio.sleep(0)
         [ctx] = given
         assert not ctx.signal.is_aborted
-        await agent.aclose()
+        await agent.cancel(session=ctx.session)
         await ctx.signal.wait()
 
     assert (ctx.adapter, list(ctx.tools), ctx.session.url) == (model, [done], URL)
@@ -205,22 +218,22 @@ async def test_generate_is_given_what_the_agent_was_made_of(
 
 async def test_an_agent_needs_a_connection() -> None:
     with pytest.raises(ConfigError) as raised:
-        create_agent(durable_agent(name="echo", adapter=Listening()))
+        create_agent(durable_agent(name="desk", adapter=Listening()))
 
     assert raised.value.code == "not_connected"
 
 
 async def test_dropping_the_handle_stops_nothing(db: Database) -> None:
-    await create_agent(durable_agent(name="echo", adapter=Listening(), stream_url=URL)).ready()
+    await create_agent(durable_agent(name="desk", adapter=Listening(), stream_url=URL)).ready()
     gc.collect()
     messages = db.session(URL).messages
     await messages.insert(
-        AgentMessage(role="user", actor_id="u", target_agent="echo", content="still there?")
+        AgentMessage(role="user", actor_id="u", target_agent="desk", content="still there?")
     )
 
     rows = await eventually(messages, lambda rows: len(rows) == 2, within_ms=SOON_MS)
 
-    assert rows[1].content == "You said still there?."
+    assert "You said still there?." in [row.content for row in rows]
 
 
 async def test_a_worker_may_be_of_another_database(db: Database) -> None:
@@ -234,14 +247,14 @@ async def test_a_worker_may_be_of_another_database(db: Database) -> None:
 
 
 async def test_a_generation_adds_up_its_usage(db: Database) -> None:
-    agent = create_agent(durable_agent(name="echo", adapter=Listening()))
+    model = ScriptedModel([CallTool("give"), "Done."])
+    agent = create_agent(durable_agent(name="desk", adapter=model, tools=[tool(give)]))
     await ask(agent, "hello")
 
     [generation] = await eventually(db.session(URL).generations, bool, within_ms=SOON_MS)
 
-    assert generation.usage is not None
-    assert generation.usage.input_tokens == 1
-    assert generation.usage.output_tokens == 3
+    # One message, then three; one part of a reply, then another.
+    assert generation.usage == Usage(input_tokens=1 + 3, output_tokens=1 + 1, total_tokens=6)
 
 
 # Chat and tools.
@@ -282,6 +295,38 @@ def do_nothing(*_: Any) -> None:
     return None
 
 
+async def test_a_durable_chat_gives_up_a_model_that_falls_silent(db: Database) -> None:
+    async def hang(messages: Sequence[ModelMessage]) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    with pytest.raises(ModelError) as raised:
+        await durable_chat(
+            adapter=ScriptedModel(hang),
+            messages=[ModelMessage("user", "hello")],
+            generation_id="g",
+            session=URL,
+            idle_timeout_ms=20,
+            retry=Retry(max_attempts=1),
+        )
+
+    assert raised.value.code == "idle_timeout"
+
+
+async def test_a_durable_chat_refuses_a_wrong_word_for_doubt(db: Database) -> None:
+    with pytest.raises(ConfigError) as raised:
+        await durable_chat(
+            adapter=Listening(),
+            messages=[ModelMessage("user", "hello")],
+            generation_id="g",
+            session=URL,
+            on_in_doubt=cast("Any", "guess"),
+        )
+
+    assert raised.value.code == "invalid_option"
+    assert await db.sessions() == []
+
+
 # Durable tools and effects.
 
 
@@ -299,7 +344,7 @@ async def test_one_tool_takes_what_a_list_takes(jobs: Collection[Job]) -> None:
         is_complete=lambda job: job.status == "over",
         get_result=lambda job: job.outcome,
     )
-    async with run_jobs(jobs, str.upper, on_executing=do_nothing, on_complete=end):
+    async with run_jobs(jobs, make_loud, on_executing=do_nothing, on_complete=end):
         context = ToolContext(idempotency_key="k", generation_id="g")
         assert await durable.call({"text": "salt"}, context) == "SALT"
 
@@ -391,29 +436,24 @@ async def test_an_effect_has_the_name_that_it_is_given(jobs: Collection[Job]) ->
 
 
 async def test_is_complete_says_what_has_ended(jobs: Collection[Job]) -> None:
-    """A row that still matches has ended, for its executor, once the function says so."""
-    entered, runs = asyncio.Event(), list[str]()
+    """A row that matches is left alone when the function says that it has ended."""
 
-    async def hang(text: str) -> None:
-        runs.append(text)
-        entered.set()
-        await asyncio.Event().wait()
+    def end(row: Job, result: Any) -> None:
+        jobs.update(row.id, {"outcome": result})
 
     async with run_jobs(
         jobs,
-        hang,
+        make_loud,
         on_executing=do_nothing,
-        on_complete=do_nothing,
-        is_complete=lambda job: job.outcome == "withdrawn",
-    ) as effect:
-        await jobs.insert(Job(id="a", args={"text": "x"}))
-        await entered.wait()
-        await jobs.update("a", {"outcome": "withdrawn"})
-        async with asyncio.timeout(SOON_MS / 1000):
-            while (await effect.status())[0].running:  # noqa: ASYNC110  It tells no one.
-                await asyncio.sleep(0)
+        on_complete=end,
+        is_complete=lambda job: job.outcome is not None,
+    ):
+        await jobs.insert(
+            [Job(id="a", args={"text": "x"}, outcome="by hand"), Job(id="b", args={"text": "y"})]
+        )
+        rows = await eventually(jobs, lambda rows: rows[1].outcome is not None, within_ms=SOON_MS)
 
-    assert runs == ["x"]
+    assert [row.outcome for row in rows] == ["by hand", "Y"]
 
 
 async def test_closing_waits_for_a_thread_only_so_long(
@@ -441,13 +481,14 @@ async def test_closing_waits_for_a_thread_only_so_long(
 
 
 async def test_store_options_reach_the_store(tmp_path: Path) -> None:
-    options = {"segment_bytes": 1 << 20, "reserve_bytes": 0}
-    async with connect("local", data_dir=tmp_path, store_options=options):
-        pass
+    async def segments(name: str, **options: int) -> int:
+        async with connect("local", data_dir=tmp_path, database=name, store_options=options) as db:
+            for number in range(4):
+                await db.collection("rows").insert({"id": str(number), "text": "x" * 4_000})
+        return len(list((tmp_path / name / "p0" / "log").glob("seg-*.log")))
 
-    sizes = [file.stat().st_size for file in (tmp_path / "default" / "p0").rglob("*.seg")]
-    assert sizes
-    assert max(sizes) <= 1 << 20
+    assert await segments("whole", reserve_bytes=0) == 1
+    assert await segments("cut", reserve_bytes=0, segment_bytes=4_096) > 1
 
 
 def test_a_relative_directory_is_refused_on_an_existing_cluster() -> None:
