@@ -22,6 +22,7 @@ from aidb_ray import (
     Effect,
     History,
     ModelError,
+    Ref,
     RequestedCall,
     Retry,
     Tool,
@@ -43,8 +44,9 @@ from aidb_ray import (
 from aidb_ray import database as database_module
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.contracts import Usage
+from aidb_ray.expressions import Expression
 from aidb_ray.models.base import Event, ModelMessage
-from aidb_ray.query.query import Query
+from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.testing import CallTool, LoopClock, ScriptedModel, eventually
 from tests.stores import Process, open_store
 
@@ -115,10 +117,11 @@ def run_jobs(jobs: Collection[Job], function: Any, **options: Any) -> Effect:
 
 
 def generate_jobs(jobs: Collection[Job], generate: Any, **options: Any) -> Effect:
+    given: dict[str, Any] = {"placement": "here", **options}
     return create_generation_effect(
         query=lambda q: q.from_(j=jobs).where(lambda j: eq(j.status, "pending")),
         generate=generate,
-        **{"placement": "here", **options},
+        **given,
     )
 
 
@@ -270,7 +273,7 @@ async def test_chat_tells_the_adapter_its_system_prompts() -> None:
 
 
 def test_a_tool_may_be_described_where_it_is_made() -> None:
-    assert tool(fail, description="Fail, always.").description == "Fail, always."
+    assert tool(description="Fail, always.")(fail).description == "Fail, always."
 
 
 async def test_the_log_of_a_call_names_it(
@@ -438,6 +441,9 @@ async def test_an_effect_has_the_name_that_it_is_given(jobs: Collection[Job]) ->
 async def test_is_complete_says_what_has_ended(jobs: Collection[Job]) -> None:
     """A row that matches is left alone when the function says that it has ended."""
 
+    def has_outcome(row: Job) -> bool:
+        return row.outcome is not None
+
     def end(row: Job, result: Any) -> None:
         jobs.update(row.id, {"outcome": result})
 
@@ -446,7 +452,7 @@ async def test_is_complete_says_what_has_ended(jobs: Collection[Job]) -> None:
         make_loud,
         on_executing=do_nothing,
         on_complete=end,
-        is_complete=lambda job: job.outcome is not None,
+        is_complete=has_outcome,
     ):
         await jobs.insert(
             [Job(id="a", args={"text": "x"}, outcome="by hand"), Job(id="b", args={"text": "y"})]
@@ -530,8 +536,11 @@ async def test_each_kind_of_join_has_a_name_of_its_own(
     await tasks.insert([{"id": "t1", "by": "ann"}, {"id": "t2", "by": "cem"}])
     await users.insert([{"id": "ann"}, {"id": "bob"}])
 
-    def joined(q: Any) -> Query[Any]:
-        return getattr(q.from_(t=tasks), kind)(u=users, on=lambda t, u: eq(t.by, u.id))
+    def are_partners(t: Ref, u: Ref) -> Expression:
+        return eq(t.by, u.id)
+
+    def joined(q: QueryRoot) -> Query[Any]:
+        return getattr(q.from_(t=tasks), kind)(u=users, on=are_partners)
 
     found = await db.query(joined)
 
