@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOCK := requirements.lock
-TIERS := $(wildcard $(addprefix tests/,unit property conformance integration chaos))
+TIERS := $(wildcard tests/test_spec.py $(addprefix tests/,unit property conformance integration chaos))
 
 # Tried in this order; the first that runs, is in range and can make environments is taken.
 PYTHON ?= python3.13 python3.12 python3.11 python3 python
