@@ -198,7 +198,8 @@ def surface() -> Iterator[str]:
             if prefix + name not in NOT_CALLED:
                 yield from (f"{prefix}{name}({each})" for each in parameters_of(value))
     for name in USED:
-        members: dict[str, Any] = dict(vars(getattr(aidb_ray, name)))
+        kind: Any = getattr(aidb_ray, name)
+        members: dict[str, Any] = {**vars(kind)}
         for member, value in members.items():
             if member.startswith("_") or member in INTERNAL[name]:
                 continue
