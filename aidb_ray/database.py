@@ -26,11 +26,13 @@ from aidb_ray.contracts import (
     Step,
     ToolCall,
     is_valid_name,
+    new_id,
 )
 from aidb_ray.errors import (
     AidbError,
     CompactedError,
     ConfigError,
+    ContractError,
     StorageError,
     StoreLockedError,
     StoreMismatchError,
@@ -39,7 +41,7 @@ from aidb_ray.errors import (
 from aidb_ray.expressions import Migrate
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, LocalRef, connect_cluster, find, spawn
 from aidb_ray.store.actor import StoreActor, StoreOptions, StoreStatus
-from aidb_ray.store.changes import DeleteSession, Retain, bucket_of
+from aidb_ray.store.changes import DeleteSession, Fork, Retain, bucket_of
 from aidb_ray.store.client import StoreClient
 from aidb_ray.store.collection import Collection, Group, Shown, current_group
 from aidb_ray.store.holders import Holders, holders_of
@@ -668,6 +670,67 @@ class Session:
             retention_ms=retention_ms,
         )
 
+    async def fork(self, at: int | None = None, to: str | None = None) -> Session:
+        """Begin a session with the rows of this one, durably, in one commit; return it.
+
+        What was under way is not taken along, so that nothing happens twice: generations that
+        had not ended are cancelled there (error `forked`), as are tool calls, and open questions
+        are left out. Messages without an answer wait for one, and an agent that serves the new
+        session answers them anew. Claims are left out. Rows of other collections are as they were.
+        Streams of chunks are shared, not copied; those that had not ended are cancelled. Rows that
+        their retention has removed since come back.
+
+        Args:
+            at: As of which revision; None for now, own writes made before included.
+            to: The new session's url, in which nothing is stored yet; None for one below this
+                session's.
+
+        Raises:
+            ConflictError: `revision_in_future`: `at` is to come.
+            CompactedError: what the session was `at` that revision is not known any more, or it
+                was deleted since; of a database in memory only what is now is known.
+            KeyExistsError: `session_exists`: `to` holds rows.
+            ContractError: `invalid_cursor`: `at` is no revision. `session_too_large`: the rows have
+                over 128 MiB.
+            ConfigError: `invalid_name`: `to` cannot name a session. `spans_partitions`: it would
+                lie in another partition.
+        """
+        self._check_one("forked")
+        _check_revision(at)
+        await self.database.connected()
+        site = self.database.site_of(self.url)
+        url = self._url_below() if to is None else to
+        forked = Session(self.database, url)
+        forked._check_one("begun")
+        if self.database.site_of(url) is not site:
+            raise ConfigError(
+                f"{url!r} lies in another partition than {self.url!r}, whose chunks it would "
+                f"share. Leave `to` out, or choose another one.",
+                code="spans_partitions",
+            )
+        await site.drain()
+        revision = await site.client.commit([Fork(url, self.url, -1 if at is None else at)])
+        with suppress(CompactedError):
+            await site.client.feed.reached(revision)
+        return forked
+
+    def _url_below(self) -> str:
+        """Return the url of a new session in the same partition."""
+        here = self.database.site_of(self.url)
+        while True:
+            url = f"{self.url}/{new_id()}"
+            # One of as many as there are partitions, on average.
+            if self.database.site_of(url) is here:
+                return url
+
+    def _check_one(self, verb: str) -> None:
+        _check_session(self.url)
+        if self.url.endswith("*"):
+            raise ConfigError(
+                f"{self.url!r} stands for many sessions, which cannot be {verb} at once.",
+                code="session_required",
+            )
+
     async def delete(self) -> None:
         """Remove every row, chunk stream and claim of the session, durably, in one commit.
 
@@ -684,6 +747,7 @@ class Session:
             ConfigError: `in_transaction`: a transaction of the session is open here.
             UnavailableError: the store does not answer; sending it again does no harm.
         """
+        self._check_one("deleted")
         group = current_group.get()
         if group is not None and group.is_open and group.session == self.url:
             raise ConfigError(
@@ -1135,6 +1199,15 @@ def _check_retention(collection: str, session: str | None, retention_ms: object)
             f"Rows are kept for a whole number of milliseconds, {LEAST_KEPT_MS} or more, or for "
             f"ever, which is None; not for {retention_ms!r}.",
             code="invalid_retention",
+        )
+
+
+def _check_revision(at: object) -> None:
+    if at is not None and (not isinstance(at, int) or isinstance(at, bool) or at < 0):
+        raise ContractError(
+            f"A revision is a whole number from 0, not {at!r}.",
+            code="invalid_cursor",
+            loc=("at",),
         )
 
 

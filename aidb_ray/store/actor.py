@@ -24,6 +24,7 @@ import msgspec
 from aidb_ray import crash_points
 from aidb_ray.errors import (
     AidbError,
+    CompactedError,
     ConfigError,
     ContractError,
     StorageError,
@@ -38,17 +39,20 @@ from aidb_ray.store.changes import (
     MAX_COMMIT_BYTES,
     Batch,
     Changes,
+    Commit,
     Committed,
+    Fork,
     Refusal,
 )
 from aidb_ray.store.columns import from_arrow, is_consistent, to_arrow
 from aidb_ray.store.expiry import Expirer
 from aidb_ray.store.feed import CATCHING_UP_BYTES, TAILING_BYTES, Feed
-from aidb_ray.store.plan import Plan
+from aidb_ray.store.plan import NO_PAST, Past, Plan
 from aidb_ray.store.polls import Polls
 from aidb_ray.store.reader import RowReader
 from aidb_ray.store.retention import Victim
-from aidb_ray.store.tables import LogColumns, Tables
+from aidb_ray.store.streams import spare
+from aidb_ray.store.tables import LogColumns, SessionRows, Tables
 
 if TYPE_CHECKING:
     from aidb_ray.store.files import FileSystem
@@ -135,7 +139,7 @@ class StoreStatus:
 class _Arrival:
     """On its way to the disk: a batch, a registration, or what goes because its time is over."""
 
-    __slots__ = ("batch", "outcome", "raw", "supersedes", "victims")
+    __slots__ = ("batch", "outcome", "past", "raw", "supersedes", "victims")
 
     def __init__(
         self,
@@ -144,16 +148,18 @@ class _Arrival:
         raw: bytes = b"",
         supersedes: int = 0,
         victims: Sequence[Victim] | None = None,
+        past: Past = NO_PAST,
     ) -> None:
         self.outcome = outcome
         self.batch = batch
         self.raw = raw
         self.supersedes = supersedes
         self.victims = victims
+        self.past = past
 
     def plan(self, plan: Plan) -> Answer:
         if self.batch is not None:
-            return plan.add_batch(self.batch, self.raw)
+            return plan.add_batch(self.batch, self.raw, self.past)
         if self.victims is not None:
             return plan.expire(self.victims)
         return plan.add_client(self.supersedes)
@@ -423,10 +429,43 @@ class StoreActor:
         """
         await self._ready()
         batch = _checked_batch(raw)
-        outcome = await self._enqueue(batch, raw)
+        past = await self._past_of(batch)
+        outcome = await self._enqueue(batch, raw, past=past)
         if isinstance(outcome, Refusal):
             raise outcome.to_error()
         return wire.encode(outcome)
+
+    async def _past_of(self, batch: Batch) -> Past:
+        """Return what forks in a batch ask of the past of sessions."""
+        forks = [commit.mutations[0] for commit in batch.commits if _is_fork(commit)]
+        if not forks:
+            return NO_PAST
+        past: dict[tuple[str, int], SessionRows | Refusal] = {}
+        for fork in forks:
+            assert isinstance(fork, Fork)
+            if fork.at >= 0:
+                past[fork.source, fork.at] = await self._session_at(fork.source, fork.at)
+        await self._ready()
+        return past
+
+    async def _session_at(self, name: str, revision: int) -> SessionRows | Refusal:
+        from aidb_ray.store.log import CommitLog
+        from aidb_ray.store.past import session_at
+
+        tables, log = self._tables, self._log
+        if revision == tables.revision:
+            return tables.peek(name).copy()
+        if revision > tables.revision:
+            return Refusal("revision_in_future", expected=tables.revision, got=revision)
+        if not isinstance(log, CommitLog):
+            return Refusal("compacted", key=name, expected=tables.revision, got=revision)
+        try:
+            return await asyncio.to_thread(session_at, log, name, revision)
+        except CompactedError as error:
+            return Refusal("compacted", key=name, expected=error.oldest, got=revision)
+        except StorageError:
+            logger.exception("the past of %s cannot be read", name)
+            return Refusal("unreadable", key=name)
 
     async def sweep(self) -> int:
         """Remove now what is older than it is kept, and return how much went.
@@ -450,6 +489,7 @@ class StoreActor:
         raw: bytes = b"",
         supersedes: int = 0,
         victims: Sequence[Victim] | None = None,
+        past: Past = NO_PAST,
     ) -> Answer:
         if self._queued_bytes > MAX_QUEUED_BYTES:
             raise UnavailableError(
@@ -458,7 +498,7 @@ class StoreActor:
                 code="overloaded",
             )
         outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._arrivals.append(_Arrival(outcome, batch, raw, supersedes, victims))
+        self._arrivals.append(_Arrival(outcome, batch, raw, supersedes, victims, past))
         self._queued_bytes += len(raw)
         self._arrived.set()
         return await asyncio.shield(outcome)
@@ -545,9 +585,8 @@ class StoreActor:
 
     def _apply(self, plan: Plan, place: tuple[int, int]) -> None:
         entries = self._tables.apply(plan, place)
-        if self._options.durability == "memory" and (garbage := self._tables.garbage()):
-            dropped = self._log.compact(garbage)
-            self._tables.forget_garbage(dropped, self._tables.revision)
+        if self._options.durability == "memory":
+            self._drop_garbage()
         self._tables.evict(self._options.max_resident_bytes)
         self._feed.extend(entries, self._tables.revision)
         self._reader.indexes.hear(entries)
@@ -561,6 +600,15 @@ class StoreActor:
             else:
                 self._client_seen[client_id] = now
                 self._client_seen.move_to_end(client_id)
+
+    def _drop_garbage(self) -> None:
+        """Let the log in memory forget chunks that no stream has any more."""
+        tables = self._tables
+        garbage = tables.garbage()
+        if garbage and tables.has_forks:
+            garbage = spare(garbage, tables.runs_in_use(garbage, tables.sessions))
+        if garbage:
+            tables.forget_garbage(self._log.compact(garbage), tables.revision)
 
     def _count_leases(self) -> None:
         """Let lease time pass while there is a lease."""
@@ -716,6 +764,10 @@ class StoreActor:
         if self._snapshots is None:
             raise ConfigError("A store in memory has no snapshots.", code="not_durable")
         return await self._snapshots.take()
+
+
+def _is_fork(commit: Commit) -> bool:
+    return len(commit.mutations) == 1 and type(commit.mutations[0]) is Fork
 
 
 def _checked_batch(raw: bytes) -> Batch:

@@ -13,6 +13,7 @@ import msgspec
 
 from aidb_ray.errors import (
     AidbError,
+    CompactedError,
     ConflictError,
     ContractError,
     FencedError,
@@ -27,6 +28,7 @@ MAX_BATCH_COMMITS = 4_096
 MAX_BATCH_BYTES = 1 << 20
 MAX_ROW_BYTES = 2 << 20
 MAX_COMMIT_BYTES = 32 << 20
+MAX_FORK_BYTES = 128 << 20
 CHUNKS = "chunks"
 """Collection whose rows are chunks: they live in chunk batches, not among the rows."""
 
@@ -186,6 +188,23 @@ class Retain(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
     keep_ms: int
 
 
+class Fork(msgspec.Struct, frozen=True, array_like=True, tag=12, gc=False):
+    """Begin a session with the rows of another one. The only mutation of its commit.
+
+    Refused if the new session holds anything, or lies in another partition. What was under way is
+    cancelled in the new one, see `forks`; claims are not copied. Chunks are shared.
+
+    Attributes:
+        session: The new one.
+        source: Whose rows they are.
+        at: As of which revision; -1 for now.
+    """
+
+    session: str
+    source: str
+    at: int = -1
+
+
 Mutation: TypeAlias = (
     Insert
     | Update
@@ -198,6 +217,7 @@ Mutation: TypeAlias = (
     | Disown
     | DeleteSession
     | Retain
+    | Fork
 )
 
 
@@ -350,6 +370,31 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
                     our_epoch=0,
                     current_epoch=0,
                     code="unknown_holder",
+                )
+            case "session_exists":
+                return KeyExistsError(
+                    f"{self.key} holds rows already; fork into a session that holds none.",
+                    code="session_exists",
+                    key=self.key,
+                )
+            case "compacted":
+                return CompactedError(
+                    f"What {self.key} was at revision {self.got} is not known any more; the oldest "
+                    f"that is known is revision {self.expected}.",
+                    oldest=self.expected,
+                )
+            case "revision_in_future":
+                return ConflictError(
+                    f"Revision {self.got} does not exist yet; the newest is {self.expected}.",
+                    code="revision_in_future",
+                    revision=self.expected,
+                )
+            case "session_too_large":
+                return ContractError(
+                    f"{self.key} has {self.got} bytes of rows; sessions of up to {self.expected} "
+                    f"can be forked.",
+                    code="session_too_large",
+                    key=self.key,
                 )
             case "not_alone":
                 return ContractError(

@@ -7,11 +7,12 @@ and one sync per frame; whoever sees `append` return may tell others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -67,6 +68,11 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_Raw: TypeAlias = tuple[Position, FrameHeader, memoryview]
+"""A frame that was read and checked, but not decoded: place, header, payload."""
 
 _GROUP_FRAMES: Final = 256
 _GROUP_BYTES: Final = 4 << 20
@@ -303,6 +309,9 @@ class CommitLog:
                 frames would be read.
             CorruptionError: a frame is damaged; those before it were yielded.
         """
+        yield from self._read(after, _decode_group)
+
+    def _read(self, after: int, decode: Callable[[list[_Raw]], Iterator[T]]) -> Iterator[T]:
         if after < self.oldest_revision():
             raise self._compacted(after)
         # The tail first, see `LogWriter.heads`.
@@ -311,7 +320,15 @@ class CommitLog:
         start = first_needed(heads, after)
         ends = [*(head.prev_end for head in heads[start + 1 :]), tail.offset]
         for head, end in zip(heads[start:], ends, strict=True):
-            yield from self._segment_frames(head, end, after)
+            yield from self._read_segment(head, end, after, decode)
+
+    def rows_of(self, session: str, after: int) -> Iterator[tuple[Position, Rows]]:
+        """Yield the rows of one session in every frame that `frames` would yield."""
+        yield from self._read(after, partial(_decode_session, session=session))
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return the snapshots that are kept, the newest last."""
+        return self._snapshots.kept
 
     def read_chunks(self, position: Position, start: int, count: int) -> pa.RecordBatch:
         """Return chunks `start` up to `start + count` of the frame at `position`.
@@ -360,7 +377,7 @@ class CommitLog:
             oldest = self._writer.heads[0].number
             for head, successor in pairwise(self._writer.heads[: first + 1]):
                 self._compact_segment(head, successor.prev_end, garbage)
-            for number in [number for number in garbage if number < oldest]:
+            for number in [at for at, spans in garbage.items() if spans and at < oldest]:
                 erased = _by_offset(garbage[number])
                 erase_chunks(self._files, self._home.log, number, self._meta.salt, erased)
                 self._chunks.forget(number)
@@ -415,15 +432,19 @@ class CommitLog:
         )
         self._home.write_meta(self._meta)
 
-    def _segment_frames(
-        self, head: SegmentHead, end: int, after: int
-    ) -> Iterator[tuple[Position, Frame]]:
+    def _read_segment(
+        self,
+        head: SegmentHead,
+        end: int,
+        after: int,
+        decode: Callable[[list[_Raw]], Iterator[T]],
+    ) -> Iterator[T]:
         path = segment_path(self._home.log, head.number)
         try:
             reader = SegmentReader(self._files, path, head.number, self._meta.salt)
         except FileNotFoundError:
             raise self._compacted(after) from None
-        group: list[tuple[Position, FrameHeader, memoryview]] = []
+        group: list[_Raw] = []
         held = 0
         with reader:
             walk = SegmentWalk(reader, head, end)
@@ -433,9 +454,9 @@ class CommitLog:
                 group.append((Position(head.number, offset), header, payload))
                 held += len(payload)
                 if len(group) == _GROUP_FRAMES or held >= _GROUP_BYTES:
-                    yield from _decode_group(group)
+                    yield from decode(group)
                     group, held = [], 0
-        yield from _decode_group(group)
+        yield from decode(group)
         if walk.tail.offset != end:
             raise CorruptionError(
                 f"{str(path)!r} is damaged at byte {walk.tail.offset}: {walk.problem}.",
@@ -484,9 +505,14 @@ def _check_identity(meta: Meta, expected_uuid: str | None, directory: Path) -> N
         )
 
 
-def _decode_group(
-    group: list[tuple[Position, FrameHeader, memoryview]],
-) -> Iterator[tuple[Position, Frame]]:
+def _decode_session(group: list[_Raw], *, session: str) -> Iterator[tuple[Position, Rows]]:
+    parts = [split_payload(payload)[0] for _, _, payload in group]
+    for (position, _, _), rows in zip(group, decode_rows(parts, session=session), strict=True):
+        if rows.revisions:
+            yield position, rows
+
+
+def _decode_group(group: list[_Raw]) -> Iterator[tuple[Position, Frame]]:
     # Decoding the rows of many small frames at once is several times cheaper than one by one.
     parts = [split_payload(payload) for _, _, payload in group]
     rows = decode_rows([part[0] for part in parts])

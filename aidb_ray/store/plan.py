@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias, cast
 from zlib import crc32
 
 import msgspec
@@ -11,6 +11,7 @@ import msgspec
 from aidb_ray.store.changes import (
     BUCKETS,
     CHUNKS,
+    MAX_FORK_BYTES,
     MAX_ROW_BYTES,
     Append,
     Batch,
@@ -22,6 +23,7 @@ from aidb_ray.store.changes import (
     Delete,
     DeleteSession,
     Disown,
+    Fork,
     Insert,
     Mutation,
     Refusal,
@@ -36,17 +38,21 @@ from aidb_ray.store.changes import (
 from aidb_ray.store.claim_plan import Claiming, ClaimPlan, Ends
 from aidb_ray.store.claims import CLAIMS, LOG_TICKS_MS, RunnerEpochs
 from aidb_ray.store.columns import EMPTY
+from aidb_ray.store.forks import fork_rows
 from aidb_ray.store.retention import Victim
+from aidb_ray.store.streams import Stream
 from aidb_ray.store.tables import (
     APPEND,
     CLIENTS,
     EPOCHS,
+    FORKS,
     LEASES,
     POLICIES,
     PUT,
     REMOVE,
     REMOVE_SESSION,
     REMOVE_STREAM,
+    SHARE,
     SYSTEM,
     TIMES,
     Appended,
@@ -59,6 +65,11 @@ from aidb_ray.store.tables import (
     Tables,
     Where,
 )
+
+Past: TypeAlias = Mapping[tuple[str, int], SessionRows | Refusal]
+"""By session and revision, what it was then, or why that is not known."""
+
+NO_PAST: Past = {}
 
 _UNKNOWN = StoredRow(-1, b"")
 _NO_STREAM = (0, "")
@@ -77,6 +88,7 @@ class Plan:
         entries: What changed, in order; to be applied once `log` and `chunks` are durable.
         system: Changes of the store's own rows, as (collection, key, row).
         clients: Changed records of clients; None where one was dropped.
+        deleted: Sessions that were deleted whole, and when.
     """
 
     def __init__(self, tables: Tables, epoch: int) -> None:
@@ -84,6 +96,8 @@ class Plan:
         self._epoch = epoch
         self._overlay: dict[Where, StoredRow | None] = {}
         self._streams: dict[tuple[str, str], tuple[int, str]] = {}
+        self._past: Past = {}
+        self.deleted: dict[str, int] = {}
         self._claims = ClaimPlan(tables, self._look, self._put_system)
         self._chunk_count = 0
         self.first_revision = tables.revision + 1
@@ -117,8 +131,12 @@ class Plan:
         self.clients[client_id] = None
         self._put_system(self.revision, CLIENTS, str(client_id), None)
 
-    def add_batch(self, batch: Batch, raw: bytes) -> Committed | Refusal:
-        """Plan a client's batch, or answer it as before if it is one that was applied already."""
+    def add_batch(self, batch: Batch, raw: bytes, past: Past = NO_PAST) -> Committed | Refusal:
+        """Plan a client's batch, or answer it as before if it is one that was applied already.
+
+        `past` has sessions as forks of the batch need them, or why they cannot be had.
+        """
+        self._past = past
         record = self._client(batch.client_id)
         if record is None:
             return Refusal("unknown_client")
@@ -245,6 +263,8 @@ class Plan:
                 refusal = self._plan_append(mutation, chunks, streams)
             elif isinstance(mutation, DeleteSession):
                 return self._delete_session(mutation.session, revision, commit)
+            elif isinstance(mutation, Fork):
+                return self._fork(mutation, revision, commit)
             elif isinstance(mutation, Retain):
                 if mutation.keep_ms < 0 or mutation.collection.startswith("~"):
                     return Refusal("invalid_retention")
@@ -371,11 +391,10 @@ class Plan:
             return Refusal("not_alone")
         if name in ("", SYSTEM):
             return Refusal("reserved_name")
-        self.revision = revision
+        self.revision = self.deleted[name] = revision
         home = self._tables.session(name)
         rows, streams = self._rows_of(home), self._streams_of(home)
-        if not rows and not streams:
-            return None
+        # Noted even if it holds nothing now: no fork may bring back what it held before.
         removed = Removed({}, streams)
         for generation_id in streams:
             self._streams[name, generation_id] = _NO_STREAM
@@ -389,6 +408,67 @@ class Plan:
         claims = [row.value for (_, collection, _), row in rows.items() if collection == CLAIMS]
         self._claims.forget_session(name, revision, claims)
         return None
+
+    def _fork(self, fork: Fork, revision: int, commit: Commit) -> Refusal | None:
+        if len(commit.mutations) > 1:
+            return Refusal("not_alone")
+        if {fork.session, fork.source} & {"", SYSTEM}:
+            return Refusal("reserved_name")
+        home, source = self._tables.session(fork.session), self._tables.session(fork.source)
+        if self._rows_of(home) or self._streams_of(home):
+            return Refusal("session_exists", key=fork.session)
+        session = self._as_of(source, fork.at)
+        if isinstance(session, Refusal):
+            return session
+        rows = list(fork_rows(_shared_rows(session, source)))
+        size = sum(len(value) for _, _, value in rows)
+        if size > MAX_FORK_BYTES:
+            return Refusal("session_too_large", key=fork.source, expected=MAX_FORK_BYTES, got=size)
+        self.revision = revision
+        self._accept_rows(
+            revision,
+            {
+                (home.name, collection, key): RowEnd(home, None, StoredRow(revision, value))
+                for collection, key, value in rows
+            },
+        )
+        for generation_id, stream in session.streams.items():
+            now = source.streams.get(generation_id)
+            is_gone = self._streams.get((source.name, generation_id)) == _NO_STREAM
+            if now is None or is_gone or now.runs[: len(stream.runs)] != stream.runs:
+                # Removed since, and perhaps begun anew.
+                continue
+            # Whoever was writing it does not write here.
+            closes = stream.closes or "cancelled"
+            shared = Stream(revision, stream.next_index, closes, list(stream.runs))
+            self._streams[home.name, generation_id] = (shared.next_index, closes)
+            self._write(revision, SHARE, home.name, CHUNKS, generation_id, encode(shared))
+            entry = Entry(revision, home, CHUNKS, generation_id, None, None, stream=shared)
+            self.entries.append(entry)
+        self._put_system(revision, FORKS, "any", b"")
+        return None
+
+    def _as_of(self, source: SessionRows, at: int) -> SessionRows | Refusal:
+        """Return a session as an applied revision left it, or why that cannot be told.
+
+        Commits of this plan do not count, for where chunks of theirs will lie is not known yet.
+        """
+        tables = self._tables
+        if at > tables.revision:
+            return Refusal("revision_in_future", expected=tables.revision, got=at)
+        is_now = at < 0 or at == tables.revision
+        deleted_at = self.deleted.get(source.name, 0)
+        if not is_now:
+            deleted_at = deleted_at or tables.deleted_since(source.name, at)
+        if deleted_at and at < 0:
+            return SessionRows(source.name)
+        if deleted_at:
+            return Refusal("compacted", key=source.name, expected=deleted_at, got=at)
+        if is_now:
+            return source
+        # Asked for when it was still to come, it was not looked up.
+        unknown = Refusal("revision_in_future", expected=at - 1, got=at)
+        return self._past.get((source.name, at), unknown)
 
     def _rows_of(self, home: SessionRows) -> dict[Where, StoredRow]:
         """Return all rows of a session as the earlier commits of this plan leave them."""
@@ -456,3 +536,13 @@ class Plan:
         log.collections.append(collection)
         log.keys.append(key)
         log.values.append(value)
+
+
+def _shared_rows(past: SessionRows, now: SessionRows) -> Iterator[tuple[str, str, StoredRow]]:
+    """Yield the rows of a session as it was, the very rows where they are still the same."""
+    for collection, rows in past.collections.items():
+        current = now.collections.get(collection, {})
+        for key, row in rows.items():
+            same = current.get(key)
+            is_same = same is not None and same.revision == row.revision
+            yield collection, key, same if same is not None and is_same else row

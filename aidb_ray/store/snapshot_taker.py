@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aidb_ray.errors import StorageError
 from aidb_ray.store.presence import NamePresence
-from aidb_ray.store.tables import SessionRow, Tables
+from aidb_ray.store.streams import Garbage, Run, decode_stream, runs_in, spare
+from aidb_ray.store.tables import STREAMS, SessionRow, Tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,8 +132,25 @@ class SnapshotTaker:
 
     async def _compact(self) -> None:
         tables = self._tables
+        # All at one moment. What is garbage then is used by no stream that is begun later.
         garbage, revision = tables.garbage(), tables.revision
+        if garbage and tables.has_forks:
+            dirty = {name for name, rows in tables.sessions.items() if rows.is_dirty}
+            used = tables.runs_in_use(garbage, dirty)
+            used += await _in_thread(partial(self._runs_at_rest, garbage, dirty))
+            garbage = spare(garbage, used)
         tables.forget_garbage(await _in_thread(partial(self._log.compact, garbage)), revision)
+
+    def _runs_at_rest(self, garbage: Garbage, others: Container[str]) -> list[Run]:
+        """Return runs that lie in segments with garbage, of sessions as the snapshot has them."""
+        snapshot = self._log.snapshot()
+        assert snapshot is not None
+        return [
+            run
+            for name, _, _, value in snapshot.scan(STREAMS)
+            if name not in others
+            for run in runs_in(decode_stream(value), garbage)
+        ]
 
     def _dirty_sessions(self, walked: list[str]) -> Iterator[tuple[str, list[SessionRow]]]:
         sessions = self._tables.sessions

@@ -533,6 +533,11 @@ class Snapshots:
                     logger.error("%s Falling back to an older one.", error)  # noqa: TRY400
 
     @property
+    def kept(self) -> tuple[Snapshot, ...]:
+        """Those that are there, the newest last."""
+        return self._kept
+
+    @property
     def latest(self) -> Snapshot | None:
         """The one to start from."""
         return self._kept[-1] if self._kept else None

@@ -86,6 +86,20 @@ def garbage_of(
         yield f"{segment:016x}\0{revision:x}\0{session}\0{generation_id}", encode(found)
 
 
+def runs_in(stream: Stream, garbage: Garbage) -> Iterator[Run]:
+    """Yield the runs of a stream that lie in segments with garbage."""
+    return (run for run in stream.runs if run.segment in garbage)
+
+
+def spare(garbage: Garbage, used: Iterable[Run]) -> Garbage:
+    """Return garbage without what other streams use: those of forks share whole runs."""
+    places = {(run.segment, run.offset, run.start) for run in used}
+    return {
+        segment: [span for span in spans if (segment, span.offset, span.start) not in places]
+        for segment, spans in garbage.items()
+    }
+
+
 def segment_of(key: str) -> int:
     """Return the segment of a row that `garbage_of` yielded."""
     return int(key[:16], 16)

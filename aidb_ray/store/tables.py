@@ -34,6 +34,7 @@ from aidb_ray.store.streams import (
     Stream,
     decode_stream,
     garbage_of,
+    runs_in,
     segment_of,
     spans_by_segment,
 )
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from aidb_ray.store.plan import Plan
 
 PUT, REMOVE, APPEND = 1, 2, 3
+SHARE = 4
+"""A stream of a session that was forked; the value is all of it, a `Stream`."""
 REMOVE_SESSION = 5
 """All that a session held; the value is a `Removed`, for readers are told of each row."""
 REMOVE_STREAM = 6
@@ -49,12 +52,15 @@ SYSTEM = "~"
 """The session of the store's own rows: clients, runner epochs, leases and what is claimed."""
 CLIENTS, EPOCHS, HOLDERS, LEASES = "clients", "epochs", "holders", "leases"
 POLICIES, TIMES = "policies", "times"
+FORKS = "forks"
+"""A row of the system session, there if chunks of streams may be shared."""
 GARBAGE = "garbage"
 """Rows of the system session that name chunks which no stream refers to any more."""
 STREAMS = "~streams"
 
 _ROW_WEIGHT, _SESSION_WEIGHT, _RUN_WEIGHT = 200, 800, 200
 _MAX_STEPS = 4_096
+_REMEMBERED_DELETIONS = 10_000
 
 SessionRow: TypeAlias = tuple[str, str, int, bytes]
 """A row as a snapshot keeps it: (collection, key, revision, value)."""
@@ -92,6 +98,16 @@ class SessionRows:
         self.is_resting = True
         self.weight = _SESSION_WEIGHT
 
+    def copy(self) -> SessionRows:
+        """Return the session as it is now, whatever becomes of this one."""
+        copied = SessionRows(self.name)
+        copied.collections = {name: dict(rows) for name, rows in self.collections.items()}
+        copied.streams = {
+            key: Stream(one.revision, one.next_index, one.closes, list(one.runs))
+            for key, one in self.streams.items()
+        }
+        return copied
+
     def put(self, collection: str, key: str, row: StoredRow | None) -> StoredRow | None:
         """Replace a row, or remove it, and return what was there."""
         rows = self.collections.get(collection)
@@ -114,6 +130,12 @@ class SessionRows:
         stream = self.streams.setdefault(wanted.generation_id, Stream())
         if stream.extend(revision, wanted, start, place):
             self.weight += _RUN_WEIGHT
+
+    def put_stream(self, generation_id: str, stream: Stream) -> None:
+        """Make a stream what it is here."""
+        self.drop_stream(generation_id)
+        self.streams[generation_id] = stream
+        self.weight += _RUN_WEIGHT * len(stream.runs)
 
     def drop_stream(self, generation_id: str) -> Stream | None:
         """Remove a stream, and return it if it was there."""
@@ -161,13 +183,24 @@ class Appended(NamedTuple):
 class Entry:
     """One row before and after a commit, as the feed passes it on.
 
-    Of a stream, whose collection is `chunks`, it has what was appended; without, it was removed.
+    Of a stream, whose collection is `chunks`, it has what was appended, or all of it if it is a
+    shared one; without either, it was removed.
 
     Attributes:
         is_blind: Whether `before` may not be what it was: it came from a snapshot that is newer.
     """
 
-    __slots__ = ("after", "append", "before", "collection", "home", "is_blind", "key", "revision")
+    __slots__ = (
+        "after",
+        "append",
+        "before",
+        "collection",
+        "home",
+        "is_blind",
+        "key",
+        "revision",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -179,6 +212,7 @@ class Entry:
         after: StoredRow | None,
         append: Appended | None = None,
         *,
+        stream: Stream | None = None,
         is_blind: bool = False,
     ) -> None:
         self.revision = revision
@@ -188,11 +222,14 @@ class Entry:
         self.before = before
         self.after = after
         self.append = append
+        self.stream = stream
         self.is_blind = is_blind
 
     def to_change(self) -> Change:
         """Return the change as readers get it."""
-        if self.append is None:
+        if self.stream is not None:
+            value = encode(_end_of(self.key, self.stream))
+        elif self.append is None:
             value = None if self.after is None else self.after.value
         else:
             wanted, columns, _ = self.append
@@ -209,6 +246,12 @@ class Entry:
             )
         is_new = self.before is None
         return Change(self.revision, self.home.name, self.collection, self.key, value, is_new)
+
+
+def _end_of(generation_id: str, stream: Stream) -> ChunkSlice:
+    """Return a slice without chunks, by which a reader knows that there are some to be read."""
+    attempt = stream.runs[-1].attempt if stream.runs else 0
+    return ChunkSlice(generation_id, attempt, stream.next_index, EMPTY, closes=stream.closes)
 
 
 def _replayed(
@@ -233,10 +276,12 @@ class RowEnd:
 
     __slots__ = ("after", "before", "home")
 
-    def __init__(self, home: SessionRows, row: StoredRow | None) -> None:
+    def __init__(
+        self, home: SessionRows, row: StoredRow | None, after: StoredRow | None = None
+    ) -> None:
         self.home = home
         self.before = row
-        self.after = row
+        self.after = after or row
 
 
 class LogColumns(NamedTuple):
@@ -268,6 +313,8 @@ class Tables:
         self.presence: NamePresence | None = None
         self.weight = 0
         self._load = load
+        # The newest deletions, for what was read of sessions shortly before.
+        self._deleted: dict[str, int] = {}
         # Names in the order in which they may leave. A name stands here exactly once.
         self._queue: deque[str] = deque()
 
@@ -290,8 +337,7 @@ class Tables:
             return session
         for collection, key, revision, value in self._load(name):
             if collection == STREAMS:
-                stream = session.streams[key] = decode_stream(value)
-                session.weight += _RUN_WEIGHT * len(stream.runs)
+                session.put_stream(key, decode_stream(value))
             else:
                 session.put(collection, key, StoredRow(revision, value))
         return session
@@ -350,6 +396,11 @@ class Tables:
                 session.append(revision, wanted, wanted.start, place)
                 append = Appended(wanted, chunks or EMPTY, wanted.start)
                 yield Entry(revision, session, CHUNKS, key, None, None, append)
+            elif op == SHARE:
+                assert value is not None
+                stream = decode_stream(value)
+                session.put_stream(key, stream)
+                yield Entry(revision, session, CHUNKS, key, None, None, stream=stream)
             elif op == REMOVE_SESSION:
                 assert value is not None
                 removed = msgspec.msgpack.decode(value, type=Removed)
@@ -376,6 +427,22 @@ class Tables:
             for key in keys:
                 before = session.put(collection, key, None)
                 yield _replayed(revision, session, collection, key, before, None)
+
+    @property
+    def has_forks(self) -> bool:
+        """Whether chunks of a stream may belong to other streams, too."""
+        return bool(self.session(SYSTEM).collections.get(FORKS))
+
+    def deleted_since(self, session: str, revision: int) -> int:
+        """Return when a session was deleted after `revision`, 0 if that is not known of it."""
+        deleted_at = self._deleted.get(session, 0)
+        return deleted_at if deleted_at > revision else 0
+
+    def _note_deletion(self, session: str, revision: int) -> None:
+        self._deleted.pop(session, None)
+        self._deleted[session] = revision
+        while len(self._deleted) > _REMEMBERED_DELETIONS:
+            self._deleted.pop(next(iter(self._deleted)))
 
     def _drop_stream(
         self,
@@ -406,6 +473,15 @@ class Tables:
         """Return the chunks that no stream refers to any more, by segment."""
         rows = self.session(SYSTEM).collections.get(GARBAGE, {})
         return spans_by_segment((key, row.value) for key, row in rows.items())
+
+    def runs_in_use(self, garbage: Garbage, sessions: Iterable[str]) -> list[Run]:
+        """Return runs of streams in memory that lie in segments with garbage."""
+        return [
+            run
+            for name in sessions
+            for stream in self.sessions[name].streams.values()
+            for run in runs_in(stream, garbage)
+        ]
 
     def forget_garbage(self, segments: Collection[int], revision: int) -> None:
         """Forget what was garbage at `revision` in segments that have none of it any more.
@@ -463,11 +539,15 @@ class Tables:
             if entry.append is not None:
                 wanted, _, start = entry.append
                 session.append(entry.revision, wanted, start, place)
+            elif entry.stream is not None:
+                session.put_stream(entry.key, entry.stream)
             elif entry.collection == CHUNKS:
                 self._drop_stream(entry.revision, session, entry.key)
             else:
                 session.put(entry.collection, entry.key, entry.after)
             added += session.weight - weight
+        for name, revision in plan.deleted.items():
+            self._note_deletion(name, revision)
         system = self.session(SYSTEM)
         weight = system.weight
         for collection, key, row in plan.system:

@@ -279,12 +279,13 @@ def test_deleting_sees_the_earlier_commits_of_its_plan() -> None:
     assert engine.tables.session(SESSION).rows() == before
 
 
-def test_deleting_a_session_that_holds_nothing_writes_nothing_of_it() -> None:
+def test_deleting_a_session_that_holds_nothing_tells_nobody_and_is_noted() -> None:
     engine = Engine()
 
     for _ in range(2):
         assert engine.one(DeleteSession(SESSION)) is None
-        assert engine.last_plan.log.sessions == ["~"]
+        assert engine.last_plan.entries == []
+        assert engine.last_plan.log.ops == [REMOVE_SESSION, PUT]
 
 
 @pytest.mark.parametrize(
