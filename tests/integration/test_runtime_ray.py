@@ -20,6 +20,7 @@ import ray
 from aidb_ray.errors import AidbError, ConfigError, UnavailableError
 from aidb_ray.runtime import ActorOptions, ActorRef, Cluster, RayRef, connect_cluster, find, spawn
 from tests.unit.test_runtime_local import (
+    ERRORS,
     Probe,
     StartProbe,
     test_a_call_does_not_see_the_context_of_its_caller,
@@ -152,7 +153,7 @@ async def named(name: str) -> AsyncIterator[RayRef[Probe]]:
 
 async def test_an_error_brings_its_remote_traceback(probe: ActorRef[Probe]) -> None:
     with pytest.raises(KeyError) as caught:
-        await probe.ask(Probe.fail, 22)
+        await probe.ask(Probe.fail, [type(error) for error in ERRORS].index(KeyError))
 
     (note,) = caught.value.__notes__
     assert "Raised in Probe.fail in another process" in note
