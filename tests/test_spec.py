@@ -248,15 +248,16 @@ def test_what_is_forgotten_is_seen(forgotten: str) -> None:
 
 
 def test_no_row_names_what_is_not_there() -> None:
-    """A row that names a function and its parameters names what it has."""
+    """A row that names a function or method and its parameters names what it has."""
     wrong: list[str] = []
     for each in sorted(named_in(ROWS)):
         name, _, parameter = each.removesuffix(")").partition("(")
         module, prefix = (testing, "testing.") if name.startswith("testing.") else (aidb_ray, "")
-        head = name.removeprefix(prefix)
+        head, _, member = name.removeprefix(prefix).partition(".")
         if not parameter or name in NOT_CALLED or head not in module.__all__:
             continue
-        known = parameters_of(getattr(module, head))
+        value = getattr(module, head)
+        known = parameters_of(getattr(value, member) if member else value)
         if name == "create_agent":
             known += parameters_of(raw_definition)
         if parameter not in known:

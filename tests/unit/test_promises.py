@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from aidb_ray import (
     Retry,
     Tool,
     ToolContext,
+    ToolError,
     chat,
     connect,
     create_agent,
@@ -47,7 +49,16 @@ from aidb_ray.contracts import Usage
 from aidb_ray.expressions import Expression
 from aidb_ray.models.base import Event, ModelMessage
 from aidb_ray.query.builder import Query, QueryRoot
-from aidb_ray.testing import CallTool, LoopClock, ScriptedModel, eventually
+from aidb_ray.store.changes import Filter
+from aidb_ray.store.claims import CLAIMS, decode_claim
+from aidb_ray.testing import (
+    CallTool,
+    LoopClock,
+    ScriptedModel,
+    assert_rows,
+    database,
+    eventually,
+)
 from tests.stores import Process, open_store
 
 URL = "aidb://desk/1"
@@ -276,6 +287,24 @@ def test_a_tool_may_be_described_where_it_is_made() -> None:
     assert tool(description="Fail, always.")(fail).description == "Fail, always."
 
 
+async def test_results_of_a_declared_tool_are_checked() -> None:
+    declared = declare_tool(
+        name="work", description="", input_schema=Text, output_schema=Text, max_result_bytes=40
+    )
+
+    async def echo(text: str) -> Any:
+        return Text(text=text) if text else 5
+
+    codes: list[str] = []
+    for text in ("", "x" * 40):
+        with pytest.raises(ToolError) as raised:
+            await declared.with_implementation(echo).call({"text": text})
+        codes.append(raised.value.code)
+
+    assert await declared.with_implementation(echo).call({"text": "a"}) == {"text": "a"}
+    assert codes == ["invalid_result", "result_too_large"]
+
+
 async def test_the_log_of_a_call_names_it(
     jobs: Collection[Job], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -304,14 +333,15 @@ async def test_a_durable_chat_gives_up_a_model_that_falls_silent(db: Database) -
         return ""
 
     with pytest.raises(ModelError) as raised:
-        await durable_chat(
-            adapter=ScriptedModel(hang),
-            messages=[ModelMessage("user", "hello")],
-            generation_id="g",
-            session=URL,
-            idle_timeout_ms=20,
-            retry=Retry(max_attempts=1),
-        )
+        async with asyncio.timeout(SOON_MS / 1000):
+            await durable_chat(
+                adapter=ScriptedModel(hang),
+                messages=[ModelMessage("user", "hello")],
+                generation_id="g",
+                session=URL,
+                idle_timeout_ms=20,
+                retry=Retry(max_attempts=1),
+            )
 
     assert raised.value.code == "idle_timeout"
 
@@ -429,6 +459,54 @@ async def test_a_generation_effect_is_checked_like_an_executor(
         generate_jobs(jobs, fail_to_generate, **options)
 
     assert raised.value.code == code
+
+
+async def test_a_generation_effect_takes_what_an_executor_takes(db: Database) -> None:
+    jobs = db.session(URL).collection("jobs", Job)
+    options: dict[str, Any] = {
+        "name": "texts",
+        "on_executing": do_nothing,
+        "on_complete": do_nothing,
+        "on_error": do_nothing,
+        "is_complete": do_nothing,
+        "max_running": 3,
+        "lease_ms": 4_000,
+        "timeout_ms": 5_000,
+        "grace_ms": 6,
+        "retry": Retry(max_attempts=7),
+        "late_results": "mark",
+        "on_in_doubt": "park",
+        "placement": "actor",
+        "processes": 8,
+        "version": "9",
+        "ray_options": {"num_cpus": 0.5},
+    }
+    takes = inspect.signature(create_tool_execution_effect).parameters.keys()
+    assert takes - {"query", "tools", "implementations", "database"} == options.keys()
+    async with connect("local", durability="memory"):
+        effect = generate_jobs(jobs, fail_to_generate, database=db, **options)
+        definition = effect._definition
+        assert effect in db._effects
+        await effect.aclose()
+
+    assert {name: getattr(definition, name) for name in options} == options
+
+
+async def test_a_row_is_claimed_before_on_executing(db: Database, jobs: Collection[Job]) -> None:
+    states: list[str] = []
+
+    async def look(row: Job) -> None:
+        _, rows = await db.site_of(URL).client.read(Filter(CLAIMS, URL))
+        states.extend(record.state for each in rows if (record := decode_claim(each.value)))
+
+    def end(row: Job, result: Any) -> None:
+        jobs.update(row.id, {"status": "over"})
+
+    async with run_jobs(jobs, make_loud, on_executing=look, on_complete=end):
+        await jobs.insert(Job(id="a", args={"text": "x"}))
+        await eventually(jobs, lambda rows: rows[0].status == "over", within_ms=SOON_MS)
+
+    assert states == ["held"]
 
 
 async def test_an_effect_has_the_name_that_it_is_given(jobs: Collection[Job]) -> None:
@@ -561,3 +639,25 @@ async def test_the_time_of_the_loop_goes_on() -> None:
     await clock.sleep_ms(5)
 
     assert clock.now_ms() >= before + 4
+
+
+# Testing.
+
+
+async def test_assertions_may_be_on_another_database(db: Database) -> None:
+    rows = db.session(URL).collection("rows")
+    await rows.insert({"id": "a"})
+
+    def question(q: QueryRoot) -> Query[Any]:
+        return q.from_(r=rows)
+
+    async with connect("local", durability="memory"):
+        await assert_rows(question, [{"id": "a"}], database=db)
+        [row] = await eventually(question, bool, database=db)
+
+    assert row == {"id": "a"}
+
+
+async def test_a_database_for_a_test_takes_options() -> None:
+    async with database(partitions=2) as db:
+        assert len(await db.status()) == 2
