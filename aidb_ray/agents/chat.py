@@ -35,7 +35,6 @@ from aidb_ray.agents.session import SessionState
 from aidb_ray.chunks import ChunkCollection, ChunkFlusher
 from aidb_ray.contracts import MAX_KEY_LENGTH, ToolCall
 from aidb_ray.database import Database, Session, current_database
-from aidb_ray.effects.tools import make_durable_tool
 from aidb_ray.effects.waiters import waiters_of
 from aidb_ray.errors import (
     AidbError,
@@ -50,7 +49,7 @@ from aidb_ray.errors import (
 )
 from aidb_ray.models.base import ModelMessage, TextAdapter, parse_messages
 from aidb_ray.models.chat import parse_output
-from aidb_ray.models.tools import Tool, check_tools
+from aidb_ray.models.tools import Tool
 from aidb_ray.store.changes import (
     Change,
     ChunkColumns,
@@ -191,12 +190,11 @@ async def durable_chat(
     asked = parse_messages(messages)
     database, url = _home_of(tool_calls, chunks, session)
     _check_id(generation_id)
-    home = database.session(url)
     definition = AgentDefinition(
         name=_NAME,
         adapter=adapter,
         system_prompts=tuple(system_prompts),
-        tools=tuple(_runnable(each, home) for each in check_tools(tools).values()),
+        tools=tuple(tools),
         stream_url=url,
         build_messages=lambda _pending, _context: asked,
         output_schema=output_schema,
@@ -630,13 +628,6 @@ def _check_id(generation_id: str) -> None:
             collection="generations",
             loc=("generation_id",),
         )
-
-
-def _runnable(each: Tool, home: Session) -> Tool:
-    """Return a tool as it is, or, if it cannot run here, as one that an executor runs."""
-    if each.has_implementation or each.runs_elsewhere:
-        return each
-    return make_durable_tool(each, home.tool_calls)
 
 
 def _digest(messages: Sequence[ModelMessage], system_prompts: Sequence[str]) -> str:

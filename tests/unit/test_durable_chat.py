@@ -421,6 +421,32 @@ async def test_one_that_lost_its_claim_stops_and_gets_the_answer_of_the_other(
     await assert_rows(session.generations, [{"status": "completed"}])
 
 
+async def test_one_whose_lease_has_ended_is_stopped_in_the_middle(session: Session) -> None:
+    outside = Outside()
+    stopped = asyncio.Event()
+
+    @tool
+    async def double(n: int, ctx: ToolContext) -> int:
+        """Double a number."""
+        if ctx.attempt > 1:
+            return 2 * n
+        try:
+            outside.tool_began.set()
+            return await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    slow = asyncio.create_task(outside.chat(tools=[double], lease_ms=SHORT_LEASE_MS))
+    await outside.tool_began.wait()
+    client = session.database.site_of(URL).client
+    await client.commit([Disown("durable_chat@")])
+
+    # It goes on by itself, since nobody else has taken it.
+    assert await slow == "It is 42."
+    assert stopped.is_set()
+    await assert_rows(session.tool_calls, [{"status": "completed", "attempt": 2}])
+
+
 async def test_a_lease_is_renewed_while_the_chat_goes_on(session: Session) -> None:
     outside = Outside()
     outside.tool_door.clear()
@@ -667,6 +693,7 @@ async def test_what_cannot_be_is_refused_before_anything_is_written(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"session": None}, "session_required"),
         ({"session": "aidb://chat/*"}, "session_required"),
+        ({"session": "chat"}, "invalid_name"),
         ({"chunks": other.chunks}, "one_session"),
         ({"tool_calls": other.tool_calls}, "one_session"),
         ({"tool_calls": session.collection("tool_calls")}, "invalid_tool_calls"),
