@@ -23,14 +23,19 @@ TASKS_A_USER = 100
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many tasks there are, each of one of a hundredth as many users, and how many change."""
+    """How many tasks there are, each of one of a hundredth as many users, and how many change.
+
+    Attributes:
+        kept: How many there are when memory is measured.
+    """
 
     tasks: int = 100_000
     changes: int = 5_000
+    kept: tuple[int, ...] = (10_000, 40_000)
 
 
 FULL = Sizes()
-QUICK = Sizes(tasks=5_000, changes=500)
+QUICK = Sizes(tasks=5_000, changes=500, kept=(1_000, 4_000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,13 @@ async def measure(rig: Rig, sizes: Sizes) -> list[Figure]:
     pipeline = filled(join(), sizes)
     mean, _worst = time_a_delta(pipeline, user_changes(sizes))
     figures.append(Figure("join_by_user_us", mean, "a delta; a user changes, 100 pairs with it"))
-    return [*figures, Figure("join_bytes", bytes_a_row(sizes), "kept for a task beside its row")]
+    for name, (make, _about) in QUERIES.items():
+        kept = [bytes_a_task(make(), tasks) for tasks in sizes.kept]
+        few = ", ".join(
+            f"{size:,.0f} at {tasks:,}" for size, tasks in zip(kept, sizes.kept, strict=True)
+        )
+        figures.append(Figure(f"{name}_bytes", kept[-1], f"kept for a task, as a row: {few} tasks"))
+    return figures
 
 
 def numbers(seed: int) -> Random:
@@ -177,12 +188,14 @@ def time_a_delta(
     return sum(took) / max(1, deltas), percentile(took, 99)
 
 
-def bytes_a_row(sizes: Sizes) -> float:
-    """Return how much the join keeps for a task, its answer included, without the row itself."""
-    pipeline: Pipeline[Any] = Pipeline(join())
-    rows = all_rows(pipeline, sizes)
+def bytes_a_task(query: Query[Any], tasks: int) -> float:
+    """Return how much a query keeps for a task, what it keeps of the row included."""
+    sizes = Sizes(tasks=tasks)
+    pipeline: Pipeline[Any] = Pipeline(query)
+    gc.collect()
     tracemalloc.start()
-    pipeline.advance(rows)
+    pipeline.advance(all_rows(pipeline, sizes))
+    gc.collect()
     kept, _peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    return kept / sizes.tasks
+    return kept / tasks

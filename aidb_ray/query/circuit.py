@@ -101,6 +101,9 @@ class Circuit:
             door = doors.get(alias, first)
             if is_joined and alias == query.sources[0][0]:
                 door = _Named(alias, door)
+            names = query.fields_read(alias) if is_joined else None
+            if names is not None:
+                door = _Narrowed(names, door)
             condition = plan.conditions.get(alias)
             if isinstance(source, SourceRef):
                 wanted = Input(path + alias, source, condition)
@@ -169,6 +172,19 @@ class _Filter:
 
     def put(self, key: Key, row: Row | None, revision: int) -> None:
         self._target.put(key, row if row is not None and self._keeps(row) else None, revision)
+
+
+class _Narrowed:
+    """Leaves of rows that a join keeps only what is asked of them. Keeps nothing itself."""
+
+    def __init__(self, names: frozenset[str], target: Keyed) -> None:
+        self._names = names
+        self._target = target
+
+    def put(self, key: Key, row: Row | None, revision: int) -> None:
+        if row is not None:
+            row = {name: row[name] for name in self._names if name in row}
+        self._target.put(key, row, revision)
 
 
 class _Named:

@@ -41,11 +41,17 @@ class RowChange(msgspec.Struct, frozen=True):
 class Pipeline(Generic[R]):
     """A query with the answer to all changes so far.
 
-    Of one source it keeps the rows that meet the predicate, or of a query with groups only what
-    their aggregates need, and nothing of other rows. Joins keep besides the rows of each side that
-    meet what is asked of that side alone, with an entry in an index each. A query that is read by
-    another keeps nothing more, but for one with `limit`, `offset` or `distinct`, which keeps its
-    rows.
+    Memory is proportional to what it keeps, which is what a later change may need:
+
+    - Of rows that do not meet the predicate, nothing.
+    - Of others what `select` makes of them, or the row where nothing was selected. A `limit` keeps
+      that of rows beyond it, too: one of them enters when one within it goes.
+    - With groups, of each row the values that it belongs to and is summed up by, to take them
+      back; not the row. `min_` and `max_` keep the values in order.
+    - Of each side of a join the rows that meet what is asked of that side alone, with an entry in
+      an index each, as far as their fields are asked for anywhere; pairs only as the answer.
+    - A query that is read by another keeps no answer, but for one with `limit`, `offset` or
+      `distinct`.
 
     Attributes:
         inputs: The collections that changes come from.

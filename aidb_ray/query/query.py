@@ -38,6 +38,7 @@ from aidb_ray.query.outputs import (
     as_outputs,
     check_names,
     fields_of,
+    is_row,
     leaves,
     merge_fields,
     output_lines,
@@ -337,6 +338,19 @@ class Query(Generic[R_co]):
         """The aliases of which the answer depends on which rows are durable."""
         return frozenset(
             at.alias for node in self.nodes() for at in references(node) if at.path == (SYNCED,)
+        )
+
+    def fields_read(self, alias: str) -> frozenset[str] | None:
+        """Return the stored names of the fields of `alias` that matter; None if all do."""
+        whole = [node for node in leaves(self._outputs) if is_row(node)]
+        if any(at.alias == alias for node in whole for at in references(node)):
+            return None
+        # Whoever asks whether a row is there asks for none of its fields.
+        return frozenset(
+            at.path[0]
+            for node in self.nodes()
+            for at in references(node)
+            if at.alias == alias and at.path
         )
 
     def nodes(self) -> Iterator[Node]:

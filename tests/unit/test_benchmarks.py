@@ -63,12 +63,13 @@ async def test_rows_measures_both_crowds_of_writers_and_both_floors(tmp_path: Pa
 
 
 async def test_queries_measures_each_kind_of_query(tmp_path: Path) -> None:
-    sizes = queries.Sizes(tasks=1_000, changes=30)
+    sizes = queries.Sizes(tasks=1_000, changes=30, kept=(100, 200))
 
     found = values(await queries.measure(rig_in(tmp_path), sizes))
 
     assert {f"{name}_us" for name in queries.QUERIES} < found.keys()
-    assert {"join_by_user_us", "join_bytes"} < found.keys()
+    assert {f"{name}_bytes" for name in queries.QUERIES} < found.keys()
+    assert "join_by_user_us" in found
     assert all(value > 0 for value in found.values())
 
 
