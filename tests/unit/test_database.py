@@ -16,9 +16,16 @@ from typing import Any
 import pytest
 
 import aidb_ray
-from aidb_ray import database as database_module
 from aidb_ray.contracts import AgentMessage
-from aidb_ray.database import Database, connect, current_database, set_current_database
+from aidb_ray.database import (
+    Database,
+    Partition,
+    connect,
+    current_database,
+    set_current_database,
+)
+from aidb_ray.database.connecting import Connecting
+from aidb_ray.database.stores import Plan, create_or_identify
 from aidb_ray.errors import (
     ConfigError,
     KeyExistsError,
@@ -35,7 +42,7 @@ from tests.stores import SESSION, insert, until
 HELLO = {"role": "user", "actor_id": "u", "content": "hi"}
 
 
-def connect_here(directory: Path, **options: Any) -> database_module._Connecting:
+def connect_here(directory: Path, **options: Any) -> Connecting:
     small = {"segment_bytes": 1 << 20, "reserve_bytes": 0}
     return connect("local", data_dir=directory, store_options=small, **options)
 
@@ -301,13 +308,10 @@ async def test_a_directory_that_this_process_still_closes_is_waited_for(
 
 
 async def test_drivers_that_create_a_database_at_once_share_it(tmp_path: Path) -> None:
-    plan = database_module._Plan("local", tmp_path, "default", 2, "local", {})
+    plan = Plan("local", tmp_path, "default", 2, "local", {})
 
     uuids = await asyncio.gather(
-        *[
-            asyncio.to_thread(database_module._create_or_identify, plan, tmp_path / "default")
-            for _ in range(4)
-        ]
+        *[asyncio.to_thread(create_or_identify, plan, tmp_path / "default") for _ in range(4)]
     )
 
     assert len(set(uuids)) == 1
@@ -516,7 +520,7 @@ async def test_a_transaction_is_one_commit_for_who_follows(tmp_path: Path) -> No
     async with connect_here(tmp_path) as db:
         rows = db.session("aidb://a").collection("rows")
         heard: list[list[str]] = []
-        partition = database_module.Partition(db.partitions[0].ref)
+        partition = Partition(db.partitions[0].ref)
         subscription = partition.client.feed.subscribe(
             rows.filter(), lambda changes: heard.append([c.key for c in changes]), snapshot=False
         )

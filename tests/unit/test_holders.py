@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from aidb_ray import database as database_module
-from aidb_ray.database import Database, connect
+from aidb_ray.database import Database, connect, connecting, stores
 from aidb_ray.errors import ConfigError, StorageError, UnavailableError
 from aidb_ray.runtime import Cluster
 from aidb_ray.store import holders as holders_module
@@ -78,9 +77,9 @@ class FakeRay:
         self.may_open.set()
         self.may_stop = asyncio.Event()
         self.may_stop.set()
-        monkeypatch.setattr(database_module, "connect_cluster", self.connect)
-        monkeypatch.setattr(database_module, "find", self.find)
-        monkeypatch.setattr(database_module, "spawn", self.spawn)
+        monkeypatch.setattr(connecting, "connect_cluster", self.connect)
+        monkeypatch.setattr(stores, "find", self.find)
+        monkeypatch.setattr(stores, "spawn", self.spawn)
 
     async def connect(self, address: str | None) -> Cluster:
         assert address is None

@@ -43,9 +43,9 @@ from aidb_ray import (
     make_durable_tool,
     tool,
 )
-from aidb_ray import database as database_module
 from aidb_ray.agents.run import GenerateContext
 from aidb_ray.contracts import Usage
+from aidb_ray.database.stores import Plan, check_shared_directory
 from aidb_ray.expressions import Expression
 from aidb_ray.models.base import Event, ModelMessage
 from aidb_ray.query.builder import Query, QueryRoot
@@ -576,9 +576,9 @@ async def test_store_options_reach_the_store(tmp_path: Path) -> None:
 
 
 def test_a_relative_directory_is_refused_on_an_existing_cluster() -> None:
-    plan = database_module._Plan("auto", Path("rows"), "default", 1, "local", {})
+    plan = Plan("auto", Path("rows"), "default", 1, "local", {})
     with pytest.raises(ConfigError) as raised:
-        database_module._check_shared_directory(plan)
+        check_shared_directory(plan)
 
     assert raised.value.code == "relative_data_dir"
 

@@ -36,7 +36,7 @@ LEVELS = (
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 
 # `Database.agent(name)` gives the handle of a level that is built on databases.
-UPWARD_BY_DESIGN = {("database", "aidb_ray.agents.agent")}
+UPWARD_BY_DESIGN = {("database.database", "aidb_ray.agents.agent")}
 
 # They decide; others wait, send and store. Time and randomness reach them as arguments.
 PURE = {
@@ -255,7 +255,8 @@ def test_imports_go_down() -> None:
         ("models.base", "def f():\n    from aidb_ray.query import live"),
         ("contracts", "from importlib import import_module\nimport_module('aidb_ray.store.log')"),
         ("query.live", "from aidb_ray import models"),
-        ("database", "from aidb_ray.agents.cycle import Cycle"),
+        ("database.session", "from aidb_ray.agents.agent import Agent"),
+        ("database.database", "from aidb_ray.agents.cycle import Cycle"),
     ],
 )
 def test_an_import_upward_is_seen(importer: str, source: str) -> None:
@@ -268,7 +269,7 @@ def test_an_import_upward_is_seen(importer: str, source: str) -> None:
         ("store.tables", "from aidb_ray.store.changes import Change"),
         ("store.tables", "from aidb_ray import errors"),
         ("agents.agent", "from aidb_ray.database import Database"),
-        ("database", "import asyncio"),
+        ("database.database", "import asyncio"),
     ],
 )
 def test_an_import_downward_is_allowed(importer: str, source: str) -> None:
