@@ -105,7 +105,7 @@ def to_arrow(parts: Sequence[ChunkColumns]) -> pa.RecordBatch:
     """Join columns into one record batch of shape [sum of chunks, 2]; copies bytes, no chunks."""
     import pyarrow as pa
 
-    from aidb_ray.store.log import CHUNK_SCHEMA
+    from aidb_ray.store.frames import CHUNK_SCHEMA
 
     types: list[pa.Array[Any]] = []
     payloads: list[pa.Array[Any]] = []

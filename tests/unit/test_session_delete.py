@@ -338,7 +338,7 @@ async def test_an_agent_brings_nothing_back(
     """Whichever of its commits comes after the deletion, none leaves half a session behind."""
 
     # A commit of chunks every few words.
-    monkeypatch.setattr("aidb_ray.chunks.FLUSH_INTERVAL_MS", 2)
+    monkeypatch.setattr("aidb_ray.chunks.flusher.FLUSH_INTERVAL_MS", 2)
     monkeypatch.setattr("aidb_ray.agents.recorder.FLUSH_CHUNKS", 3)
 
     @tool
