@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from aidb_ray.effects.claimed import ClaimedRow, rows_of
 from aidb_ray.effects.definition import EffectDefinition
 from aidb_ray.effects.outcomes import Standing
 from aidb_ray.effects.statuses import StatusWrites
-from aidb_ray.effects.work import ClaimedRow, RowWork, rows_of
+from aidb_ray.effects.work import RowWork
 from aidb_ray.errors import AidbError, FencedError
 from aidb_ray.store.changes import Claim, Held, Mutation, Release, Renew, StoredRow, Update
 
@@ -70,17 +71,29 @@ class Claimer:
         except asyncio.CancelledError:
             await asyncio.wait([sent])
             if sent.exception() is None:
-                await self._give_back(place, row, sent.result(), is_changed=bool(mutations))
+                await self._give_back(
+                    place,
+                    row,
+                    sent.result(),
+                    "orphan" if standing.is_orphan else "free",
+                    is_changed=bool(mutations),
+                )
             raise
         stored = StoredRow(token, value) if mutations else row
         return ClaimedRow(session, name, key, token, attempt, stored, note, standing.is_orphan)
 
     async def _give_back(
-        self, place: Place, row: StoredRow, token: int, *, is_changed: bool
+        self,
+        place: Place,
+        row: StoredRow,
+        token: int,
+        state: Literal["free", "orphan"],
+        *,
+        is_changed: bool,
     ) -> None:
         """Leave a row that was claimed as it was: nothing of it has run."""
         where = (place[0], self._definition.source.name, place[1])
-        back: list[Mutation] = [Release(*where, token, "free")]
+        back: list[Mutation] = [Release(*where, token, state)]
         if is_changed:
             back.append(Update(*where, row.value, token))
         try:
@@ -102,6 +115,7 @@ class LeaseRenewal:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
         self._now = asyncio.Event()
+        self._asking: dict[Partition, asyncio.Task[None]] = {}
 
     def hurry(self) -> None:
         """Renew soon. Threads may call it, too."""
@@ -120,9 +134,11 @@ class LeaseRenewal:
 
     async def aclose(self) -> None:
         """Renew no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        tasks = [*self._asking.values(), *([] if self._task is None else [self._task])]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _renew(self) -> None:
         while self._works:
@@ -132,8 +148,12 @@ class LeaseRenewal:
             except TimeoutError:
                 pass
             self._now.clear()
-            partitions = {self._database.site_of(session) for session, _ in self._works}
-            await asyncio.gather(*map(self._renew_in, partitions))
+            for partition in {self._database.site_of(session) for session, _ in self._works}:
+                # One that does not answer must not keep the others from being asked.
+                if partition not in self._asking:
+                    asking = self._loop.create_task(self._renew_in(partition))
+                    self._asking[partition] = asking
+                    asking.add_done_callback(lambda _, gone=partition: self._asking.pop(gone))
 
     async def _renew_in(self, partition: Partition) -> None:
         try:

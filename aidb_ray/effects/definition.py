@@ -79,6 +79,13 @@ class EffectDefinition:
         """The collection whose rows are claimed: the first that the query reads."""
         return cast("SourceRef[Any]", self.query.sources[0][1])
 
+    @property
+    def key_name(self) -> str:
+        """Wire name of the field that identifies a row."""
+        source = self.source
+        found = (source.fields or {}).get(source.key)
+        return source.key if found is None else found.wire
+
     def fingerprint(self) -> str:
         """Return a digest of what makes this effect do what it does.
 

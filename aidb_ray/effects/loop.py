@@ -7,7 +7,6 @@ has its claim, and what a process leaves in the middle another one takes over.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import random
@@ -21,18 +20,18 @@ import msgspec
 
 from aidb_ray import crash_points
 from aidb_ray.contracts import now_ms, time_ms
+from aidb_ray.effects.claimed import rows_of
 from aidb_ray.effects.claiming import Claimer, LeaseRenewal, Place
-from aidb_ray.effects.definition import EffectDefinition, Happened
+from aidb_ray.effects.definition import EffectDefinition
 from aidb_ray.effects.outcomes import Standing, Start, decide_start
 from aidb_ray.effects.parked import ParkedRows
 from aidb_ray.effects.pending import PendingWork
-from aidb_ray.effects.work import RowWork, error_of, fitting_args, rows_of
+from aidb_ray.effects.work import RowWork
 from aidb_ray.errors import (
     AidbError,
     ConflictError,
     FencedError,
     KeyMissingError,
-    ToolError,
 )
 from aidb_ray.query.live import decoder_of, filter_of, to_changes
 from aidb_ray.query.operators import Delta, Input, Pipeline, RowChange
@@ -40,6 +39,7 @@ from aidb_ray.store.changes import (
     Change,
     Disown,
     Filter,
+    FoundRow,
     StoredRow,
 )
 from aidb_ray.store.claims import CLAIMS, ClaimRecord, decode_claim
@@ -55,6 +55,8 @@ FAILURE_PAUSE_MS = 1_000
 TURN_PAUSE_MS = 50
 MAX_SPREAD = 1_024
 UNFOLLOWED_PAUSE_MS = 60_000
+ALONE_LIMIT_S = 60.0
+ABANDON_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,9 @@ class EffectLoop:
         self._written: dict[Place, int] = {}
         self._works: dict[Place, RowWork] = {}
         self._tasks: dict[Place, asyncio.Task[None]] = {}
-        self._parked = ParkedRows(database, definition.source.name, self._unpark)
+        # Revisions of cancels that were heard while a row was being claimed.
+        self._cancelled: dict[Place, int] = {}
+        self._parked = ParkedRows(database, definition, self._unpark)
         self._lonely: Place | None = None
         self._spread = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -158,7 +162,8 @@ class EffectLoop:
                 self._filter(self._definition.source.name), where=(("status", ("cancelled",)),)
             )
             feed = partition.client.feed
-            subscription = feed.subscribe(cancelled, self._hear_ends, None, snapshot=False)
+            look = partial(self._look_for_cancels, partition, cancelled)
+            subscription = feed.subscribe(cancelled, self._hear_cancels, look, snapshot=False)
             self._subscriptions.append((partition, subscription))
         for view in self._views:
             await view.ready()
@@ -189,7 +194,11 @@ class EffectLoop:
             count = self._matching.get(place, 0) + {"enter": 1, "update": 0, "exit": -1}[delta.op]
             if count > 0:
                 self._matching[place] = count
-                self._consider(place)
+                try:
+                    self._consider(place)
+                except (AidbError, ValueError):
+                    # One row that cannot be read must not keep the others from being heard.
+                    logger.exception("a row cannot be worked on", extra={"key": place[1]})
             else:
                 self._matching.pop(place, None)
                 self._written.pop(place, None)
@@ -229,28 +238,66 @@ class EffectLoop:
         for event in events:
             if event.row is None:
                 # Somebody has taken it over, or its row is gone.
-                key = event.key.partition("\0")[2]
-                self._records.pop((event.session, key), None)
+                name, _, key = event.key.partition("\0")
+                if name == collection:
+                    self._records.pop((event.session, key), None)
                 continue
             record = decode_claim(event.row.value)
             place = (event.session, record.row)
             if record.collection == collection:
                 self._records[place] = (record, event.row.revision)
                 self._queue.put(place, place)
-                self._queue.wake(place, now_ms=now_ms())
-                # What was begun is ended first.
-                self._queue.hurry(place)
+                self._take_over(place, record.token)
         self._dispatch()
 
-    def _hear_ends(self, changes: Sequence[Change]) -> None:
+    def _take_over(self, place: Place, token: int) -> None:
+        """Queue what was left in the middle: it is ended before anything is begun."""
+        now = now_ms()
+        work = self._works.get(place)
+        if work is not None and work.token == token:
+            # Left by us, who are late: others go first.
+            work.stop("fenced", "the claim was lost")
+            self._queue.rest(place, until_ms=now + FAILURE_PAUSE_MS)
+        else:
+            self._queue.wake(place, now_ms=now)
+            self._queue.hurry(place)
+
+    def _hear_cancels(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            work = self._works.get((change.session, change.key))
-            if work is not None and change.value is not None:
-                status = rows_of(self._database, self._definition, change.session).fields_in(
-                    change.value, change.key
-                )["status"]
-                if status == "cancelled" and change.revision > work.revision:
-                    work.stop("ended", "cancelled")
+            place = (change.session, change.key)
+            if place not in self._tasks or change.value is None:
+                continue
+            rows = rows_of(self._database, self._definition, change.session)
+            if rows.fields_in(change.value, change.key).get("status") == "cancelled":
+                self._cancel(place, change.revision)
+
+    def _look_for_cancels(
+        self, partition: Partition, wanted: Filter, _rows: Sequence[FoundRow], _revision: int
+    ) -> None:
+        """Look at the rows being worked on: what became of them was not heard."""
+        keys = tuple(k for s, k in self._tasks if self._database.site_of(s) is partition)
+        if keys:
+            where = (*wanted.where, (self._definition.key_name, keys))
+            narrowed = msgspec.structs.replace(wanted, where=where)
+            partition.spawn(self._find_cancels(partition, narrowed))
+
+    async def _find_cancels(self, partition: Partition, wanted: Filter) -> None:
+        try:
+            _, rows = await partition.client.read(wanted)
+        except AidbError as error:
+            logger.warning("cancels may have been missed: %s", error)
+            return
+        for row in rows:
+            if (row.session, row.key) in self._tasks:
+                self._cancel((row.session, row.key), row.revision)
+
+    def _cancel(self, place: Place, revision: int) -> None:
+        work = self._works.get(place)
+        if work is None:
+            # It is being claimed; the claim may have come first.
+            self._cancelled[place] = revision
+        elif revision > work.revision:
+            work.stop("ended", "cancelled")
 
     # Dispatching.
 
@@ -268,13 +315,15 @@ class EffectLoop:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if due_ms is not None and not self._queue.is_full:
+        if due_ms is not None and self._lonely is None and not self._queue.is_full:
             delay = min(max(due_ms - now_ms(), 1), 60_000) / 1000
             self._timer = asyncio.get_running_loop().call_later(delay, self._dispatch)
 
     def _begin(self, place: Place) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks[place] = loop.create_task(self._work(place), context=self._context.copy())
+        self._tasks[place] = loop.create_task(
+            self._work(place), name=f"the work for {place[1]!r}", context=self._context.copy()
+        )
 
     async def _work(self, place: Place) -> None:
         try:
@@ -292,6 +341,7 @@ class EffectLoop:
             self._queue.rest(place, until_ms=now_ms() + FAILURE_PAUSE_MS)
         finally:
             self._works.pop(place, None)
+            self._cancelled.pop(place, None)
             del self._tasks[place]
             if self._lonely == place:
                 self._lonely = None
@@ -310,7 +360,12 @@ class EffectLoop:
                 self._forget(place)
                 return
             row = StoredRow(found.revision, found.value)
-        standing = self._standing(place, row)
+        try:
+            standing = self._standing(place, row)
+        except Exception:  # A door: `is_complete` is the user's.
+            logger.exception("a row cannot be judged", extra={"key": place[1]})
+            self._queue.rest(place)  # Until it is written again.
+            return
         start = self._decide(place, standing, row)
         match start:
             case "leave":
@@ -318,9 +373,9 @@ class EffectLoop:
             case "wait":
                 self._queue.rest(place)
             case "park":
-                self._park(place, standing.recorded_at)
+                self._park(place, max(standing.recorded_at, row.revision))
             case _:
-                if standing.is_suspect and not self._be_alone(place):
+                if standing.is_suspect and not await self._be_alone(place):
                     return
                 await self._take(place, row, standing, start)
 
@@ -356,13 +411,19 @@ class EffectLoop:
         rows = rows_of(self._database, self._definition, place[0])
         return rows.fields_in(row.value, place[1])
 
-    def _be_alone(self, place: Place) -> bool:
-        """Whether nothing else runs here; else what runs ends first, and nothing new begins."""
-        if len(self._tasks) == 1:
-            self._lonely = place
-            return True
-        self._queue.rest(place, until_ms=now_ms() + TURN_PAUSE_MS)
-        return False
+    async def _be_alone(self, place: Place) -> bool:
+        """Begin nothing new and wait for what runs; False if another row is alone already.
+
+        Not for ever: what hangs must not keep it from its turn.
+        """
+        if self._lonely is not None:
+            self._queue.rest(place, until_ms=now_ms() + TURN_PAUSE_MS)
+            return False
+        self._lonely = place
+        others = [task for other, task in self._tasks.items() if other != place]
+        if others:
+            await asyncio.wait(others, timeout=ALONE_LIMIT_S)
+        return True
 
     # Working.
 
@@ -386,18 +447,24 @@ class EffectLoop:
             matches=lambda: self._matches_since(place, work),
             heartbeat=self._renewal.hurry,
         )
+        if self._cancelled.pop(place, 0) > work.revision:
+            work.stop("ended", "cancelled")
         self._renewal.keep_up()
         if crash_points.armed:
             await crash_points.reach("effect.claimed")
         try:
-            is_finished = await self._see_through(work, start)
-            self._finished += is_finished
+            self._finished += await work.do(start)
             if crash_points.armed:
                 await crash_points.reach("effect.recorded")
         finally:
-            if place in self._matching:
-                self._written[place] = work.revision
-            self._discard(place)
+            now = self._row(place)
+            if place in self._matching and now is not None and now.revision > work.revision:
+                # Written again since, or another row of that key.
+                self._queue.put(place, place)
+            else:
+                if place in self._matching:
+                    self._written[place] = work.revision
+                self._discard(place)
             if work.thread.is_running:
                 # A thread cannot be stopped: its slot stays taken until it returns.
                 work.thread.is_given_up = True
@@ -422,48 +489,6 @@ class EffectLoop:
                 # It has changed, of which the feed will tell.
                 self._spread = min(self._spread * 2 + 1, MAX_SPREAD)
                 self._queue.rest(place, until_ms=now + FAILURE_PAUSE_MS)
-
-    async def _see_through(self, work: RowWork, start: Start) -> bool:
-        """Do what was decided; True if the row's end was written here."""
-        match start:
-            case "reject":
-                words = work.field("reason") or "It was decided that the call is not run."
-                return await work.fail(ToolError(str(words), code="rejected"))
-            case "fail_in_doubt":
-                return await work.fail(_in_doubt())
-            case "give_up":
-                return await work.fail(_crashed(self._definition.retry.max_interruptions))
-            case "reconcile":
-                try:
-                    happened = await self._reconcile(work)
-                except AidbError as error:
-                    if not isinstance(error, ToolError):
-                        raise
-                    return await work.fail(error)
-                if happened is not None:
-                    return await work.complete(happened.result)
-                return await work.run()
-            case _:
-                return await work.run()
-
-    async def _reconcile(self, work: RowWork) -> Happened | None:
-        reconcile = self._definition.on_in_doubt
-        assert callable(reconcile)
-        try:
-            said = reconcile(*fitting_args(reconcile, (work.row, work.context())))
-            if inspect.isawaitable(said):
-                said = await said
-        except AidbError:
-            raise
-        except Exception as error:
-            logger.exception("the reconcile function of %r failed", self._definition.name)
-            raise error_of(error, code="in_doubt") from error
-        if said is None or isinstance(said, Happened):
-            return said
-        raise ToolError(
-            f"A reconcile function returns Happened(result) or None, not {said!r}.",
-            code="in_doubt",
-        )
 
     def _matches_since(self, place: Place, work: RowWork) -> bool:
         """Whether the query finds the row as somebody else has written it."""
@@ -510,7 +535,7 @@ class EffectLoop:
     async def aclose(self) -> None:
         """Stop what runs where it is, for others to take over, and follow nothing any more.
 
-        Waits up to `grace_ms` for tools in threads.
+        Waits up to `grace_ms` for tools in threads, and for others that do not end when cancelled.
         """
         self._is_closing = True
         self._hear_no_more()
@@ -524,21 +549,9 @@ class EffectLoop:
             grace = self._definition.grace_ms / 1000
             _, running = await asyncio.wait(set(self._tasks.values()), timeout=grace)
             for task in running:
-                logger.warning("a tool runs in a thread and does not return; it is left alone")
+                logger.warning("%s does not end; it is left alone", task.get_name())
                 task.cancel()
             if running:
-                await asyncio.wait(running)
+                # Who waits for a thread ends with this; who takes no cancel is left behind.
+                await asyncio.wait(running, timeout=ABANDON_S)
         await self._renewal.aclose()
-
-
-def _in_doubt() -> ToolError:
-    return ToolError(
-        "The process died while the tool ran; it may have had its effect or not.", code="in_doubt"
-    )
-
-
-def _crashed(times: int) -> ToolError:
-    return ToolError(
-        f"The executor's process ended {times} times while the tool ran. Look for what ends it.",
-        code="tool_crashed",
-    )

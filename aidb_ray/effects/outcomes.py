@@ -89,7 +89,7 @@ def decide_start(
         return "wait" if is_open or standing.approval == "needed" else "run"
     if record.orphaned >= max_interruptions:
         return "give_up"
-    if standing.is_changed_since:
+    if standing.is_changed_since and (in_doubt == "park" or not _is_as_it_was_left(standing)):
         # Somebody wrote it since: that is their word about the attempt that was lost.
         return "run"
     match in_doubt:

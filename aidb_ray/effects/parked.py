@@ -12,6 +12,7 @@ from aidb_ray.store.local import RowEvent, View
 
 if TYPE_CHECKING:
     from aidb_ray.database import Database
+    from aidb_ray.effects.definition import EffectDefinition
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,10 @@ class ParkedRows:
     """Follows each parked row, which the effect's query need not find, up to `MAX_FOLLOWED`."""
 
     def __init__(
-        self, database: Database, collection: str, on_written: Callable[[Place], None]
+        self, database: Database, definition: EffectDefinition, on_written: Callable[[Place], None]
     ) -> None:
         self._database = database
-        self._collection = collection
+        self._definition = definition
         self._on_written = on_written
         self._views: dict[Place, View] = {}
 
@@ -43,11 +44,11 @@ class ParkedRows:
             return False
         session, key = place
         logger.warning("%r was left in the middle; a person decides what becomes of it", key)
-        partition = self._database.site_of(session)
+        partition, definition = self._database.site_of(session), self._definition
         self._views[place] = View(
             partition.client,
             partition.writes,
-            Filter(self._collection, session, where=(("id", (key,)),)),
+            Filter(definition.source.name, session, where=((definition.key_name, (key,)),)),
             partial(self._hear, place, recorded_at),
             shows_writes=False,
         )
@@ -60,7 +61,10 @@ class ParkedRows:
         self._views.clear()
 
     def _hear(self, place: Place, recorded_at: int, events: Sequence[RowEvent]) -> None:
-        is_written = any(e.row is None or e.row.revision > recorded_at for e in events)
+        is_written = any(
+            (e.session, e.key) == place and (e.row is None or e.row.revision > recorded_at)
+            for e in events
+        )
         if is_written and (view := self._views.pop(place, None)) is not None:
             view.close()
             self._on_written(place)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from aidb_ray.contracts import ToolCall
 from aidb_ray.effects.waiters import waiters_of
-from aidb_ray.effects.work import error_of
+from aidb_ray.effects.writing import error_of
 from aidb_ray.errors import ConfigError, ConflictError, KeyExistsError, ToolError
 from aidb_ray.expressions import in_array
 from aidb_ray.models.tools import Tool, ToolContext, check_tools
