@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 from aidb_ray.database import Database, current_database, set_current_database
@@ -49,10 +48,6 @@ class EffectActor:
 
     async def _start(self) -> None:
         definition = self._definition
-        if not self._database.is_local:
-            # Tools in threads need as many as may run, and those that do not return keep theirs.
-            pool = ThreadPoolExecutor(2 * definition.max_running + 4, "aidb-tool")
-            asyncio.get_running_loop().set_default_executor(pool)
         place = f"{definition.name}/{self._index}@"
         # The actor's name is its own, so whoever had it before has ended, or is fenced from now on.
         loop = EffectLoop(self._database, definition, f"{place}{uuid4()}", heir_of=place)

@@ -17,9 +17,10 @@ from aidb_ray.effects.definition import (
     check_contract,
 )
 from aidb_ray.effects.effect import Effect, start_effect
-from aidb_ray.errors import ModelError
+from aidb_ray.effects.writing import error_of
+from aidb_ray.errors import ModelError, ToolError
 from aidb_ray.models.round import Round
-from aidb_ray.models.tools import ToolContext
+from aidb_ray.models.tools import ToolContext, in_thread, is_async
 from aidb_ray.query.builder import Query, QueryRoot, build
 from aidb_ray.retry import Retry
 
@@ -54,8 +55,9 @@ def create_generation_effect(
     Args:
         query: Finds the pending rows of one collection.
         generate: `(row, ctx)`: returns text, a value, or a stream of AG-UI events or texts, of
-            which the text is taken. Its task is cancelled, and `ctx.signal` fires, when the row is
-            cancelled or the effect closed, so a `chat` that it awaits is aborted.
+            which the text is taken. A plain function runs in a thread, and a stream or coroutine
+            that it returns runs in the event loop. Its task is cancelled, and `ctx.signal` fires,
+            when the row is cancelled or the effect closed, so a `chat` that it awaits is aborted.
         name: Who shares claims with whom.
         on_executing: Default: `status` becomes `running`.
         on_complete: `(row, result)`; default: `status` `completed`, and `result` or `output`.
@@ -114,7 +116,10 @@ class _Generating:
         self._generate = generate
 
     async def run(self, row: Any, context: ToolContext) -> Any:
-        result = self._generate(row, context)
+        if is_async(self._generate) or inspect.isasyncgenfunction(self._generate):
+            result = self._generate(row, context)
+        else:
+            result = await in_thread(context, self._in_thread, row, context)
         if inspect.isawaitable(result):
             result = await result
         if not hasattr(result, "__aiter__"):
@@ -128,3 +133,22 @@ class _Generating:
         if heard.error is not None:
             raise ModelError(heard.error, retryable=False)
         return "".join(texts) or heard.text
+
+    def _in_thread(self, row: Any, context: ToolContext) -> Any:
+        watch = context.watch
+        assert watch is not None
+        watch.began()
+        result, failure = None, None
+        try:
+            result = self._generate(row, context)
+        except Exception as error:
+            failure = error_of(error)
+            raise
+        except BaseException as error:
+            # Passed on, it would end the event loop.
+            failure = ToolError(f"It tried to end its process: {error!r}.", code="tool_crashed")
+            raise failure from error
+        finally:
+            is_text = not (inspect.isawaitable(result) or hasattr(result, "__aiter__"))
+            watch.ended(result if is_text else None, failure)
+        return result

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -115,6 +116,8 @@ class EffectLoop:
         # Revisions of cancels that were heard while a row was being claimed.
         self._cancelled: dict[Place, int] = {}
         self._parked = ParkedRows(database, definition, self._unpark)
+        # As many as may run, and those that do not return keep theirs.
+        self._threads = ThreadPoolExecutor(2 * definition.max_running + 4, "aidb-tool")
         self._lonely: Place | None = None
         self._spread = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -446,6 +449,7 @@ class EffectLoop:
             claimed,
             matches=lambda: self._matches_since(place, work),
             heartbeat=self._renewal.hurry,
+            threads=self._threads,
         )
         if self._cancelled.pop(place, 0) > work.revision:
             work.stop("ended", "cancelled")
@@ -524,6 +528,7 @@ class EffectLoop:
         self._renewal.die()
 
     def _hear_no_more(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._timer is not None:
             self._timer.cancel()
         self._parked.close()

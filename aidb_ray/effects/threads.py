@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 from aidb_ray.errors import ToolError
@@ -13,10 +14,12 @@ class ThreadEnd:
     """Knows whether a tool's thread still runs, and passes on what comes too late.
 
     Attributes:
+        threads: Those that tools run in.
         on_late: Called, in the event loop, with a result that came after `is_given_up`.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, threads: Executor | None) -> None:
+        self.threads = threads
         self._loop = loop
         self._running = 0
         self._idle = asyncio.Event()

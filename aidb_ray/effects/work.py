@@ -7,6 +7,7 @@ import inspect
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Literal
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
@@ -46,6 +47,7 @@ class RowWork:
         *,
         matches: Callable[[], bool],
         heartbeat: Callable[[], None],
+        threads: Executor,
     ) -> None:
         self._database = database
         self._definition = definition
@@ -62,7 +64,7 @@ class RowWork:
         self._stop: Stop = ""
         self._is_over = False
         self.token = claimed.token
-        self.thread = ThreadEnd(asyncio.get_running_loop())
+        self.thread = ThreadEnd(asyncio.get_running_loop(), threads)
         self.thread.on_late = self._take_late
         self.signal = Signal()
 

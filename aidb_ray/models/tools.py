@@ -8,7 +8,9 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
@@ -48,6 +50,11 @@ class Record(Protocol):
 
 class ThreadWatch(Protocol):
     """Hears, in the thread itself, of a tool that runs in a thread: it cannot be stopped."""
+
+    @property
+    def threads(self) -> Executor | None:
+        """Those that tools run in, None for the event loop's own."""
+        ...
 
     def began(self) -> None:
         """Hear that the thread runs."""
@@ -272,7 +279,7 @@ class Tool:
         try:
             if self._runs_here:
                 return self._to_json_value(await run())
-            result = await asyncio.to_thread(self._run_in_thread, run, context)
+            result = await in_thread(context, self._run_in_thread, run, context)
             if not isinstance(result, ToolError):
                 return self._to_json_value(await result) if inspect.isawaitable(result) else result
         except asyncio.CancelledError as error:
@@ -365,12 +372,7 @@ class Tool:
 
     @property
     def _runs_here(self) -> bool:
-        function = self._function
-        while isinstance(function, partial):
-            function = cast("partial[Any]", function).func
-        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004  An object with an async __call__.
-        )
+        return is_async(self._function)
 
     @cached_property
     def _output(self) -> TypeAdapter[Any]:
@@ -521,3 +523,19 @@ def describe_mismatch(error: ContractError | ValidationError) -> str:
         f"{where}: {wrong['msg']}" if (where := ".".join(map(str, wrong["loc"]))) else wrong["msg"]
         for wrong in error.errors(include_url=False, include_input=False)
     )
+
+
+def is_async(function: object) -> bool:
+    """Whether calling it makes a coroutine, so that it may run in the event loop."""
+    while isinstance(function, partial):
+        function = cast("partial[Any]", function).func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  An object with an async __call__.
+    )
+
+
+async def in_thread(context: ToolContext, run: Callable[..., Any], *args: Any) -> Any:
+    """Run a plain function in one of the threads that are for the user's functions."""
+    threads = None if context.watch is None else context.watch.threads
+    call = partial(copy_context().run, run, *args)
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
