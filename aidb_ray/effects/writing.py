@@ -153,7 +153,7 @@ class RowWriter:
     def _failure_of(self, error: Exception) -> ToolError:
         logger.error("a callback of effect %r failed", self._definition.name, exc_info=error)
         if isinstance(error, TimeoutError):
-            error = ToolError(f"A callback took over {CALLBACK_LIMIT_S:.0f} s and was stopped.")
+            error = RuntimeError(f"it took over {CALLBACK_LIMIT_S:.0f} s and was stopped")
         return error_of(error, code="callback_failed")
 
     async def _write_end(self, intents: Sequence[Intent], result: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -101,6 +102,32 @@ async def test_texts_may_be_streamed(requests: Collection[Request]) -> None:
     async with start(requests, generate):
         await requests.insert({"id": "a", "prompt": ""})
         assert (await over(requests)).output == "one two"
+
+
+async def test_a_plain_function_holds_nobody_up(requests: Collection[Request]) -> None:
+    may_return = threading.Event()
+
+    def generate(row: Request, ctx: ToolContext) -> str:
+        if row.id == "slow":
+            may_return.wait()
+        return row.id
+
+    async with start(requests, generate):
+        await requests.insert([{"id": "slow", "prompt": ""}, {"id": "a", "prompt": ""}])
+        assert (await over(requests)).output == "a"
+        may_return.set()
+        assert (await over(requests, "slow")).output == "slow"
+
+
+async def test_a_plain_function_that_ends_its_process_ends_only_its_row(
+    requests: Collection[Request],
+) -> None:
+    def generate(row: Request, ctx: ToolContext) -> str:
+        raise SystemExit
+
+    async with start(requests, generate):
+        await requests.insert({"id": "a", "prompt": ""})
+        assert (await over(requests)).status == "failed"
 
 
 async def test_the_callback_writes_the_end(requests: Collection[Request]) -> None:
