@@ -1,4 +1,4 @@
-"""Generation without an agent. Notice that a pending row is all that asks for it, that two effects
+"""Generation without an agent. Notice that a pending row is all that asks for it, that executors
 share the rows and each is generated for once, and that `ctx` names the attempt and hears of a
 cancel. A real model: `--openai MODEL`.
 
@@ -51,12 +51,12 @@ async def main(adapter: TextAdapter) -> None:
         def complete(row: Request, result: str) -> None:
             generations.update(row.id, {"status": "completed", "output": result})
 
-        for _ in range(2):
-            create_generation_effect(
-                query=lambda q: q.from_(g=generations).where(lambda g: eq(g.status, "pending")),
-                generate=generate,
-                on_complete=complete,
-            )
+        create_generation_effect(
+            query=lambda q: q.from_(g=generations).where(lambda g: eq(g.status, "pending")),
+            generate=generate,
+            on_complete=complete,
+            processes=2,
+        )
         done = db.live_query(
             lambda q: q.from_(g=generations).where(lambda g: eq(g.status, "completed"))
         )

@@ -117,7 +117,7 @@ class AgentDefinition:
         return names.union(*(delegate.reaches for delegate in self.agents))
 
     def fingerprint(self) -> str:
-        """Return a digest of what makes this agent answer as it does.
+        """Return a digest of what makes this agent answer as it does, and when it gives up.
 
         Functions count only as far as tools' schemas do; say `version=` when one changes.
         """
@@ -133,6 +133,9 @@ class AgentDefinition:
             else self.output_schema.model_json_schema(),
             "version": self.version,
             "shards": self.shards,
+            "approvals": sorted(tool.name for tool in self.tools if tool.needs_approval),
+            "bounds": (self.max_iterations, self.usage_limits, self.run_timeout_ms, self.history),
+            "failures": (self.retry, self.on_in_doubt, self.on_crash),
             "pending": str(self.pending_work),
         }
         encoded = msgspec.json.encode(parts, order="sorted")

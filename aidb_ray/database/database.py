@@ -93,6 +93,8 @@ class Database:
         # Shards of agents that run in this process, by agent; on Ray they are found by name.
         self.local_shards: dict[str, list[Any]] = {}
         self.local_turns: dict[str, asyncio.Lock] = {}
+        # Executors that run in this process, by effect: the definition's fingerprint, and they.
+        self.local_effects: dict[str, tuple[str, list[Any]]] = {}
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} in {self.data_dir}>"

@@ -89,12 +89,18 @@ class EffectDefinition:
     def fingerprint(self) -> str:
         """Return a digest of what makes this effect do what it does.
 
-        Functions do not count; say `version=` when one changes.
+        Of functions it counts whether they are given, not what they do; say `version=` when one
+        changes. `grace_ms` and `placement` do not count.
         """
+        callbacks = (self.on_executing, self.on_complete, self.on_error, self.is_complete)
         parts = [
             self.name,
             str(self.query),
+            self.source.version,
             sorted(self.what),
+            [callback is not None for callback in callbacks],
+            self.retry,
+            repr(sorted(self.ray_options.items())),
             self.max_running,
             self.lease_ms,
             self.timeout_ms,

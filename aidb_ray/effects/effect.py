@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from uuid import uuid4
 
 from aidb_ray.database import Database, current_database, set_current_database
@@ -83,8 +84,9 @@ class EffectActor:
 class Effect:
     """A running effect. Dropping the handle stops nothing; leaving it as a context manager does.
 
-    On a cluster, an effect with `placement="actor"` is found by its name: creating it again with
-    an equal definition attaches to the one that runs, with another definition replaces it.
+    An effect with `placement="actor"` is found by its name, on a cluster or in this process:
+    creating it again with an equal definition attaches to the one that runs, with another
+    definition replaces it. Closing any of its handles ends it.
     """
 
     def __init__(self, database: Database, definition: EffectDefinition) -> None:
@@ -136,7 +138,10 @@ class Effect:
             await asyncio.wait([self._starting])
         if self._loop is not None:
             await self._loop.aclose()
-        await asyncio.gather(*(ref.with_timeout(_STOP_MS).stop() for ref in self._refs))
+        await _stop(self._refs)
+        found = self.database.local_effects.get(self.name)
+        if found is not None and found[1] is self._refs:
+            del self.database.local_effects[self.name]
         self.database.forget_effect(self)
 
     async def disconnect(self) -> None:
@@ -158,14 +163,27 @@ class Effect:
             self._loop = loop
             return
         if database.is_local:
-            actors = [
-                EffectActor(database, definition, index) for index in range(definition.processes)
-            ]
-            self._refs = [LocalRef(actor) for actor in actors]
+            self._refs = await self._find_or_make_here()
         else:
             self._refs = [await self._start_actor(index) for index in range(definition.processes)]
         starting = (ref.with_timeout(_START_MS).ask(EffectActor.start) for ref in self._refs)
         await asyncio.gather(*starting)
+
+    async def _find_or_make_here(self) -> list[ActorRef[EffectActor]]:
+        """Return the executors of this process that have this name and definition."""
+        definition, running = self._definition, self.database.local_effects
+        fingerprint = definition.fingerprint()
+        found = running.get(definition.name)
+        if found is not None and found[0] == fingerprint:
+            return found[1]
+        refs: list[ActorRef[EffectActor]] = [
+            LocalRef(EffectActor(self.database, definition, index))
+            for index in range(definition.processes)
+        ]
+        running[definition.name] = fingerprint, refs
+        if found is not None:
+            await _stop(found[1])
+        return refs
 
     async def _start_actor(self, index: int) -> ActorRef[EffectActor]:
         """Return the actor that has this definition: one that runs, or one that is started.
@@ -208,6 +226,10 @@ def start_effect(definition: EffectDefinition, database: Database | None) -> Eff
     effect = Effect(home, definition)
     home.keep_effect(effect)
     return effect
+
+
+async def _stop(refs: Sequence[ActorRef[EffectActor]]) -> None:
+    await asyncio.gather(*(ref.with_timeout(_STOP_MS).stop() for ref in refs))
 
 
 def _retrieve(starting: asyncio.Task[None]) -> None:

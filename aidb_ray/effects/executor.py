@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from aidb_ray.store.changes import Insert
 from aidb_ray.store.rows import codec_of
 
 _messages = codec_of(AgentMessage, "id")
+_MAX_DEFAULT_NAME = 200
 
 
 def create_tool_execution_effect(
@@ -69,7 +71,8 @@ def create_tool_execution_effect(
             not among the tools are left to others, and so is what is not synced.
         tools: What it runs; rows name them.
         implementations: Functions by tool name, where a tool has none or another one.
-        name: Who shares claims with whom; default: the names of the tools.
+        name: Who shares claims with whom; default: the names of the tools, or a digest of them
+            if they are many.
         on_executing: Writes that a row is being worked on; default: `status` and `attempt`.
         on_complete: `(row, result)`; default: `status` and `result`.
         on_error: `(row, error)`, a `ToolError`; default: `status`, `error` and `error_code`.
@@ -91,7 +94,8 @@ def create_tool_execution_effect(
         placement: `actor`: a process of its own on Ray, found by its name; `here`: in this process,
             which has the credentials, say.
         processes: How many actors.
-        version: Part of the effect's identity; change it when code changes.
+        version: Change it when only code changes, so that an effect that runs is replaced. What
+            else is given here counts by itself, but for `grace_ms`.
         ray_options: Resources of each actor.
         database: Default: the current one.
 
@@ -109,10 +113,10 @@ def create_tool_execution_effect(
     execution = _Execution(owned)
     return start_effect(
         EffectDefinition(
-            name=name or ".".join(sorted(owned)),
+            name=name or _default_name(owned),
             query=built,
             handler=execution.run,
-            what=tuple(tool.fingerprint() for tool in owned.values()),
+            what=tuple(f"{tool.fingerprint()} {tool.needs_approval}" for tool in owned.values()),
             on_executing=on_executing,
             on_complete=on_complete,
             on_error=on_error,
@@ -134,6 +138,13 @@ def create_tool_execution_effect(
         ),
         database,
     )
+
+
+def _default_name(names: Iterable[str]) -> str:
+    name = ".".join(sorted(names))
+    if len(name) <= _MAX_DEFAULT_NAME:
+        return name
+    return f"tools.{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
 class _Execution:

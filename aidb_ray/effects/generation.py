@@ -29,7 +29,7 @@ def create_generation_effect(
     *,
     query: Callable[[QueryRoot], Query[Any]] | Query[Any],
     generate: Callable[[Any, ToolContext], Any],
-    name: str = "generation",
+    name: str | None = None,
     on_executing: Callable[..., Any] | None = None,
     on_complete: Callable[..., Any] | None = None,
     on_error: Callable[..., Any] | None = None,
@@ -58,7 +58,7 @@ def create_generation_effect(
             which the text is taken. A plain function runs in a thread, and a stream or coroutine
             that it returns runs in the event loop. Its task is cancelled, and `ctx.signal` fires,
             when the row is cancelled or the effect closed, so a `chat` that it awaits is aborted.
-        name: Who shares claims with whom.
+        name: Who shares claims with whom; default: `generation.` and the collection's name.
         on_executing: Default: `status` becomes `running`.
         on_complete: `(row, result)`; default: `status` `completed`, and `result` or `output`.
         on_error: `(row, error)`; default: `status` `failed`, and `error`.
@@ -84,7 +84,7 @@ def create_generation_effect(
     check_contract(built, ("id", "status"))
     return start_effect(
         EffectDefinition(
-            name=name,
+            name=name or _default_name(built),
             query=built,
             handler=_Generating(generate).run,
             what=("generation",),
@@ -107,6 +107,11 @@ def create_generation_effect(
         ),
         database,
     )
+
+
+def _default_name(query: Query[Any]) -> str:
+    source = query.sources[0][1]
+    return f"generation.{getattr(source, 'name', '')}".replace("/", ".").rstrip(".")
 
 
 class _Generating:

@@ -14,7 +14,13 @@ from pydantic import BaseModel
 from aidb_ray.contracts import ToolCall
 from aidb_ray.effects.waiters import waiters_of
 from aidb_ray.effects.writing import error_of
-from aidb_ray.errors import ConfigError, ConflictError, KeyExistsError, ToolError
+from aidb_ray.errors import (
+    ConfigError,
+    ConflictError,
+    KeyExistsError,
+    KeyMissingError,
+    ToolError,
+)
 from aidb_ray.expressions import in_array
 from aidb_ray.models.tools import Tool, ToolContext, check_tools
 from aidb_ray.store.collection import Collection, Site
@@ -73,7 +79,8 @@ class DurableTool(Tool):
 
         Raises:
             ToolError: `invalid_args`: nothing was written; `timeout`: there was no end in time, and
-                a row of the default type is failed with that; or what the row's end says.
+                a row of the default type is failed with that; `gone`: the row was deleted; or what
+                the row's end says.
         """
         self.parse_args(args)
         context = context or ToolContext()
@@ -106,6 +113,8 @@ class DurableTool(Tool):
             raise ToolError(
                 f"{self.name!r} was not run to its end within {limit} ms.", code="timeout"
             ) from None
+        except KeyMissingError as error:
+            raise ToolError(f"The call of {self.name!r} was deleted.", code="gone") from error
         ended = codec(value)
         if self._get_result is None:
             return result_of(ended)
@@ -129,7 +138,7 @@ class DurableTool(Tool):
             return
         words = f"It was not run to its end within {self.timeout_ms} ms."
         changes = {"status": "failed", "error": words, "error_code": "timeout"}
-        with suppress(ConflictError):
+        with suppress(ConflictError, KeyMissingError):
             await rows.update(
                 key, changes, when=lambda call: in_array(call.status, ["pending", "executing"])
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from aidb_ray.errors import AidbError, KeyMissingError
 from aidb_ray.store.changes import Change, Filter, FoundRow
@@ -44,11 +43,11 @@ class RowWaiters:
         Raises:
             KeyMissingError: the row was deleted.
         """
-        await self._listen()
         found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         entry = (test, found)
         self._waiting.setdefault(key, []).append(entry)
         try:
+            await self._listen()
             if await write():
                 await self._look(key)
             return await found
@@ -68,7 +67,14 @@ class RowWaiters:
             self._subscription = self._client.feed.subscribe(
                 wanted, self._hear, self._start_anew, snapshot=False
             )
-        await asyncio.shield(self._subscription.started)
+        subscription = self._subscription
+        try:
+            await asyncio.shield(subscription.started)
+        except AidbError:
+            # The next one asks again.
+            if self._subscription is subscription:
+                self._subscription = None
+            raise
 
     def _rest(self) -> None:
         if not self._waiting and self._lingering is None:
@@ -118,16 +124,19 @@ class RowWaiters:
                         key=key,
                     )
                 )
-            elif test(value):
+                continue
+            try:
+                passes = test(value)
+            except Exception as error:  # noqa: BLE001  Of whoever waits with that test.
+                found.set_exception(error)
+                continue
+            if passes:
                 found.set_result(value)
-
-
-_waiters: WeakKeyDictionary[StoreClient, dict[tuple[str, str], RowWaiters]] = WeakKeyDictionary()
 
 
 def waiters_of(client: StoreClient, session: str, collection: str) -> RowWaiters:
     """Return who waits for rows of a collection, one for each client, session and collection."""
-    of_client = _waiters.setdefault(client, {})
+    of_client: dict[tuple[str, str], RowWaiters] = client.kept.setdefault(RowWaiters, {})
     place = (session, collection)
     found = of_client.get(place)
     if found is None:

@@ -11,9 +11,9 @@ import logging
 import time
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -103,6 +103,9 @@ class StoreClient:
     A commit is sent again until its outcome is known: the store answers a batch that it has
     applied before without applying it again, even after a restart. After `give_up_ms` without an
     answer the callers get `UnavailableError`, outcome `unknown`.
+
+    Attributes:
+        kept: What its users keep for as long as there is this client, by what they choose.
     """
 
     def __init__(self, ref: ActorRef[StoreActor], *, give_up_ms: int = GIVE_UP_MS) -> None:
@@ -123,6 +126,7 @@ class StoreClient:
         self._reads: deque[_SessionRead] = deque()
         self._reading: asyncio.Task[None] | None = None
         self.feed = FeedReader(self._ref)
+        self.kept: dict[Hashable, Any] = {}
 
     def commit(
         self,

@@ -226,6 +226,14 @@ CHANGES: list[dict[str, Any]] = [
     {"stream_url": "aidb://other/*"},
     {"version": "2"},
     {"shards": 2},
+    {"tools": [make_tool(needs_approval=True)]},
+    {"usage_limits": UsageLimits(max_tool_calls=1)},
+    {"history": History(max_tokens=100)},
+    {"run_timeout_ms": 1_000},
+    {"max_iterations": 3},
+    {"retry": Retry(max_attempts=1)},
+    {"on_in_doubt": "park"},
+    {"on_crash": "continue"},
 ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from aidb_ray import (
     ToolCall,
     ToolContext,
     ToolError,
+    UnavailableError,
     chat,
     connect,
     create_agent,
@@ -31,6 +34,7 @@ from aidb_ray import (
     make_durable_tools,
 )
 from aidb_ray.effects.effect import Effect
+from aidb_ray.effects.waiters import waiters_of
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.query.builder import Query, QueryRoot
 from aidb_ray.testing import CallTool, Reply, ScriptedModel
@@ -355,3 +359,78 @@ async def test_only_an_agent_can_be_woken(calls: Collection[ToolCall]) -> None:
 
 async def rows(db: Database, collection: Collection[Any]) -> list[Any]:
     return await db.query(lambda q: q.from_(r=collection))
+
+
+# Waiting.
+
+
+async def test_a_call_whose_row_is_deleted_is_an_error_for_the_model(
+    calls: Collection[ToolCall],
+) -> None:
+    asked = asyncio.create_task(make_durable_tool(search, calls).call({"query": "a"}, context()))
+    await until(calls, "k", lambda row: row is not None)
+    await calls.delete("k")
+
+    with pytest.raises(ToolError) as raised:
+        await asked
+    assert raised.value.code == "gone"
+
+
+async def test_a_test_that_raises_fails_only_who_waits_with_it(
+    db: Database, calls: Collection[ToolCall]
+) -> None:
+    waiters = waiters_of(db.site_of(URL).client, URL, "tool_calls")
+
+    async def insert() -> None:
+        if await calls.find("k") is None:
+            await calls.insert({"id": "k", "generation_id": "g", "name": "search", "args": {}})
+
+    def wrong(value: bytes) -> bool:
+        raise ZeroDivisionError
+
+    one = asyncio.create_task(waiters.until("k", wrong, calls.ready))
+    two = asyncio.create_task(waiters.until("k", lambda value: True, insert))
+
+    assert await two
+    with pytest.raises(ZeroDivisionError):
+        await one
+
+
+async def test_waiting_works_again_after_it_was_refused(
+    db: Database, calls: Collection[ToolCall], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = db.site_of(URL).client
+    waiters = waiters_of(client, URL, "tool_calls")
+    subscribe = client.feed.subscribe
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        subscription = subscribe(*args, **options)
+        subscription.end(UnavailableError("not now", outcome="not_applied"))
+        return subscription
+
+    async def insert() -> None:
+        await calls.insert({"id": "k", "generation_id": "g", "name": "search", "args": {}})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.feed, "subscribe", refuse)
+        with pytest.raises(UnavailableError):
+            await waiters.until("k", lambda value: True, insert)
+    assert await calls.find("k") is None
+    assert await waiters.until("k", lambda value: True, insert)
+
+
+async def test_nothing_is_kept_of_a_connection_that_was_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def use() -> weakref.ref[Any]:
+        async with connect("local", durability="memory") as db:
+            calls = db.session(URL).tool_calls
+            async with executor(calls, search, database=db):
+                await make_durable_tool(search, calls).call({"query": "a"}, context())
+            return weakref.ref(db.site_of(URL).client)
+
+    monkeypatch.setattr("aidb_ray.effects.waiters.LINGER_S", 0)
+    gone = await use()
+    await asyncio.sleep(0.01)  # Timers and callbacks of this moment hold it still.
+    gc.collect()
+    assert gone() is None

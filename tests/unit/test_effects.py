@@ -51,6 +51,9 @@ class Args(BaseModel):
 
 
 work = declare_tool(name="work", description="Do it.", input_schema=Args)
+approved_work = declare_tool(
+    name="work", description="Do it.", input_schema=Args, needs_approval=True
+)
 
 
 @pytest.fixture
@@ -550,6 +553,83 @@ async def test_closing_while_a_row_is_being_claimed_gives_it_back(
         for n in range(50):
             row = await ended(calls, str(n))
             assert (row.status, row.in_doubt) == ("completed", False)
+
+
+# Names and definitions.
+
+
+async def test_an_effect_made_again_here_is_the_one_that_runs(calls: Collection[ToolCall]) -> None:
+    door, other = Door(), Door()
+    one = start(calls, door, placement="actor")
+    await calls.insert(pending("a", "x"))
+    await door.began.wait()
+    two = start(calls, other, placement="actor")
+    await two.ready()
+
+    assert await one.actors() == await two.actors()
+    door.open.set()
+    assert (await ended(calls, "a")).result == "x"
+    assert (door.runs, other.runs) == ([1], [])
+    await two.aclose()
+
+
+async def test_an_effect_of_another_definition_takes_over_here(
+    calls: Collection[ToolCall],
+) -> None:
+    door = Door()
+    one = start(calls, door, placement="actor")
+    await calls.insert(pending("a", "x"))
+    await door.began.wait()
+    two = start(calls, echo, placement="actor", version="2")
+    row = await ended(calls, "a")
+
+    assert (row.result, row.attempt, door.cancelled) == ("x", 2, 1)
+    await one.aclose()
+    assert [status.running for status in await two.status()] == [0]
+    await calls.insert(pending("b", "y"))
+    assert (await ended(calls, "b")).result == "y"
+
+
+async def nothing(*_: Any) -> None:
+    return None
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"name": "other"},
+    {"tools": [approved_work]},
+    {"on_complete": nothing},
+    {"on_executing": nothing},
+    {"on_error": nothing},
+    {"is_complete": bool},
+    {"max_running": 1},
+    {"lease_ms": 1_000},
+    {"timeout_ms": 1_000},
+    {"retry": Retry(max_attempts=2)},
+    {"late_results": "mark"},
+    {"on_in_doubt": "park"},
+    {"processes": 2},
+    {"version": "2"},
+    {"ray_options": {"num_cpus": 2}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: ",".join(change))
+async def test_the_fingerprint_tells_apart_what_works_otherwise(
+    calls: Collection[ToolCall], change: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {"name": "work", "placement": "actor"}
+    one, two = start(calls, echo, **given), start(calls, echo, **{**given, **change})
+
+    assert one._definition.fingerprint() != two._definition.fingerprint()
+
+
+async def test_an_effect_of_many_tools_has_a_name(calls: Collection[ToolCall]) -> None:
+    names = [f"a_tool_with_quite_a_long_name_{n}" for n in range(40)]
+    tools = [declare_tool(name=n, description="", input_schema=Args) for n in names]
+    effect = start(calls, tools=tools, implementations=dict.fromkeys(names, echo))
+
+    await effect.ready()
+    assert len(effect.name) < 100
 
 
 # In doubt.
