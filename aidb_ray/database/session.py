@@ -133,7 +133,8 @@ class Session:
         are left out. Messages without an answer wait for one, and an agent that serves the new
         session answers them anew. Claims are left out. Rows of other collections are as they were.
         Streams of chunks are shared, not copied; those that had not ended are cancelled. Rows that
-        their retention has removed since come back.
+        their retention has removed since come back; streams that it has removed do not, for their
+        bytes are gone.
 
         Args:
             at: As of which revision; None for now, own writes made before included.
@@ -145,6 +146,7 @@ class Session:
             CompactedError: what the session was `at` that revision is not known any more, or it
                 was deleted since; of a database in memory only what is now is known.
             KeyExistsError: `session_exists`: `to` holds rows.
+            CorruptionError: what the log has of that revision is damaged; nothing was begun.
             ContractError: `invalid_cursor`: `at` is no revision. `session_too_large`: the rows have
                 over 128 MiB.
             ConfigError: `invalid_name`: `to` cannot name a session. `spans_partitions`: it would
@@ -164,6 +166,8 @@ class Session:
                 code="spans_partitions",
             )
         await site.drain()
+        if at is not None:
+            await site.client.recall(self.url, at)
         revision = await site.client.commit([Fork(url, self.url, -1 if at is None else at)])
         with suppress(CompactedError):
             await site.client.feed.reached(revision)

@@ -24,7 +24,6 @@ import msgspec
 from aidb_ray import crash_points
 from aidb_ray.errors import (
     AidbError,
-    CompactedError,
     ConfigError,
     ContractError,
     StorageError,
@@ -39,9 +38,7 @@ from aidb_ray.store.changes import (
     MAX_COMMIT_BYTES,
     Batch,
     Changes,
-    Commit,
     Committed,
-    Fork,
     Refusal,
 )
 from aidb_ray.store.columns import from_arrow, is_consistent, to_arrow
@@ -50,9 +47,10 @@ from aidb_ray.store.feed import CATCHING_UP_BYTES, TAILING_BYTES, Feed
 from aidb_ray.store.plan import NO_PAST, Past, Plan
 from aidb_ray.store.polls import Polls
 from aidb_ray.store.reader import RowReader
+from aidb_ray.store.recall import Recall
 from aidb_ray.store.retention import Victim
 from aidb_ray.store.streams import spare
-from aidb_ray.store.tables import LogColumns, SessionRows, Tables
+from aidb_ray.store.tables import LogColumns, Tables
 
 if TYPE_CHECKING:
     from aidb_ray.store.files import FileSystem
@@ -205,6 +203,7 @@ class StoreActor:
         self._ticker: asyncio.Task[None] | None = None
         self._expirer: Expirer
         self._snapshots: SnapshotTaker | None = None
+        self._recall = Recall()
         self._log: Log
         self._tables: Tables
         self._feed: Feed
@@ -429,43 +428,24 @@ class StoreActor:
         """
         await self._ready()
         batch = _checked_batch(raw)
-        past = await self._past_of(batch)
+        past = await self._recall.past_of(self._log, self._tables, batch.commits)
+        if past:
+            await self._ready()
         outcome = await self._enqueue(batch, raw, past=past)
         if isinstance(outcome, Refusal):
             raise outcome.to_error()
         return wire.encode(outcome)
 
-    async def _past_of(self, batch: Batch) -> Past:
-        """Return what forks in a batch ask of the past of sessions."""
-        forks = [commit.mutations[0] for commit in batch.commits if _is_fork(commit)]
-        if not forks:
-            return NO_PAST
-        past: dict[tuple[str, int], SessionRows | Refusal] = {}
-        for fork in forks:
-            assert isinstance(fork, Fork)
-            if fork.at >= 0:
-                past[fork.source, fork.at] = await self._session_at(fork.source, fork.at)
+    async def recall(self, name: str, revision: int) -> None:
+        """Look up what a session was at a revision, for a fork that is about to be asked for.
+
+        The fork finds it, so that nothing its client commits meanwhile waits for the disk.
+
+        Raises:
+            StorageError: the disk does not say; CorruptionError: what it says is damaged.
+        """
         await self._ready()
-        return past
-
-    async def _session_at(self, name: str, revision: int) -> SessionRows | Refusal:
-        from aidb_ray.store.log import CommitLog
-        from aidb_ray.store.past import session_at
-
-        tables, log = self._tables, self._log
-        if revision == tables.revision:
-            return tables.peek(name).copy()
-        if revision > tables.revision:
-            return Refusal("revision_in_future", expected=tables.revision, got=revision)
-        if not isinstance(log, CommitLog):
-            return Refusal("compacted", key=name, expected=tables.revision, got=revision)
-        try:
-            return await asyncio.to_thread(session_at, log, name, revision)
-        except CompactedError as error:
-            return Refusal("compacted", key=name, expected=error.oldest, got=revision)
-        except StorageError:
-            logger.exception("the past of %s cannot be read", name)
-            return Refusal("unreadable", key=name)
+        await self._recall.look_up(self._log, self._tables, name, revision)
 
     async def sweep(self) -> int:
         """Remove now what is older than it is kept, and return how much went.
@@ -764,10 +744,6 @@ class StoreActor:
         if self._snapshots is None:
             raise ConfigError("A store in memory has no snapshots.", code="not_durable")
         return await self._snapshots.take()
-
-
-def _is_fork(commit: Commit) -> bool:
-    return len(commit.mutations) == 1 and type(commit.mutations[0]) is Fork
 
 
 def _checked_batch(raw: bytes) -> Batch:

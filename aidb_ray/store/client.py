@@ -312,6 +312,14 @@ class StoreClient:
                 break
         return found[:limit]
 
+    async def recall(self, session: str, revision: int) -> None:
+        """Have the store look up what a session was, before it is asked to fork it.
+
+        Raises:
+            StorageError: the disk does not say; CorruptionError: what it says is damaged.
+        """
+        await self._retry(lambda: self._ref.ask(StoreActor.recall, session, revision))
+
     async def status(self) -> StoreStatus:
         """Return how the store is doing."""
         return await self._ref.ask(StoreActor.status)

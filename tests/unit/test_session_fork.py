@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from aidb_ray.errors import (
     ConfigError,
     ConflictError,
     ContractError,
+    CorruptionError,
     KeyExistsError,
 )
 from aidb_ray.expressions import eq
 from aidb_ray.models.base import ModelMessage
 from aidb_ray.models.tools import ToolContext, tool
+from aidb_ray.store import past
 from aidb_ray.store.changes import (
     Append,
     Batch,
@@ -776,3 +779,76 @@ def test_a_snapshot_does_not_tell_of_what_it_mixes_up(tmp_path: Path) -> None:
 def frame_of(revision: int, value: str) -> Frame:
     rows = Rows([revision], [1], [SESSION], ["rows"], ["a"], [row("a", value)])
     return Frame(revision, 1, rows)
+
+
+# What it costs.
+
+
+def log_bytes(directory: Path) -> int:
+    # A live segment has its whole size from the beginning; what is not written yet is zeros.
+    segments = directory.glob("**/log/seg-*.log")
+    return sum(len(segment.read_bytes().rstrip(b"\0")) for segment in segments)
+
+
+async def test_a_fork_logs_rows_and_no_chunks(tmp_path: Path) -> None:
+    async with connect("local", data_dir=tmp_path) as db:
+        for n in range(10):
+            await write(db, f"g{n}", "lorem " * 20_000, SESSION)
+        at = (await db.session(SESSION).collection("rows").insert({"id": "a"})).revision
+        before = log_bytes(tmp_path)
+        now = await db.session(SESSION).fork()
+        then = await db.session(SESSION).fork(at=at)
+        logged = log_bytes(tmp_path) - before
+
+        assert before > 1_000_000
+        assert 0 < logged < before / 20
+        for fork in (now, then):
+            assert await text_of(fork, "g9") == ("lorem " * 20_000).strip()
+
+
+async def test_a_fork_of_the_past_holds_up_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, looking, may_look = past.session_at, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait(*args: Any) -> Any:
+        loop.call_soon_threadsafe(looking.set)
+        assert may_look.wait(20)
+        return look(*args)
+
+    monkeypatch.setattr(past, "session_at", wait)
+    async with connect("local", data_dir=tmp_path) as db:
+        rows = db.session(SESSION).collection("rows")
+        at = (await rows.insert({"id": "a"})).revision
+        await rows.insert({"id": "b"})
+        forking = asyncio.create_task(db.session(SESSION).fork(at=at))
+        await looking.wait()
+        await asyncio.wait_for(rows.insert({"id": "c"}), 20)
+        assert not forking.done()
+        may_look.set()
+        copies = (await forking).collection("rows")
+        assert (await copies.find("a"), await copies.find("b")) == ({"id": "a"}, None)
+
+
+def damage(directory: Path, text: bytes) -> Path:
+    [segment] = directory.glob("**/log/seg-*.log")
+    with segment.open("r+b") as file:
+        file.seek(segment.read_bytes().index(text))
+        file.write(b"?")
+    return segment
+
+
+async def test_damage_that_a_fork_of_the_past_meets_is_named(tmp_path: Path) -> None:
+    async with connect("local", data_dir=tmp_path) as db:
+        rows = db.session(SESSION).collection("rows")
+        at = (await rows.insert({"id": "a", "text": "DAMAGED HERE"})).revision
+        await rows.insert({"id": "b"})
+        segment = damage(tmp_path, b"DAMAGED HERE")
+        revision = (await db.status())[0].revision
+
+        with pytest.raises(CorruptionError) as caught:
+            await db.session(SESSION).fork(at=at)
+
+        assert caught.value.file.endswith(segment.name)
+        assert (await db.status())[0].revision == revision
