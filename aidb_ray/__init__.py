@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from aidb_ray.agents.delegation import AgentTool
     from aidb_ray.agents.drain import DrainLifecycle, DrainResult
     from aidb_ray.agents.replies import ReplyHandle
+    from aidb_ray.agents.run import GenerateContext
     from aidb_ray.agents.worker import WorkerAgent, create_worker_agent
-    from aidb_ray.chunks import replay, stream_to_collection
+    from aidb_ray.chunks import ChunkCollection, replay, stream_to_collection
     from aidb_ray.contracts import (
         AgentMessage,
         CancelRequest,
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
         ChunkContract,
         Generation,
         GenerationContract,
+        GenerationStatus,
         Question,
         Step,
         ToolCall,
         ToolCallContract,
+        ToolCallStatus,
+        Usage,
     )
     from aidb_ray.database import (
         Database,
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
         WebhookError,
     )
     from aidb_ray.expressions import (
+        Expression,
         Ref,
         add,
         and_,
@@ -109,7 +114,7 @@ if TYPE_CHECKING:
         synced,
         upper,
     )
-    from aidb_ray.models.base import ModelMessage, TextAdapter
+    from aidb_ray.models.base import ModelMessage, TextAdapter, ToolCallRequest
     from aidb_ray.models.chat import chat
     from aidb_ray.models.openai import (
         Backoff,
@@ -119,10 +124,12 @@ if TYPE_CHECKING:
     )
     from aidb_ray.models.signals import Signal
     from aidb_ray.models.tools import Tool, ToolContext, declare_tool, tool
+    from aidb_ray.query.builder import Query, QueryRoot
     from aidb_ray.query.live import LiveQuery
     from aidb_ray.query.operators import Delta
     from aidb_ray.retry import Retry
     from aidb_ray.store.collection import Change, Collection, Transaction
+
 
 __all__ = [
     "Agent",
@@ -134,6 +141,7 @@ __all__ = [
     "CancelRequest",
     "Change",
     "Chunk",
+    "ChunkCollection",
     "ChunkContract",
     "Collection",
     "CompactedError",
@@ -149,9 +157,12 @@ __all__ = [
     "Effect",
     "EffectStatus",
     "EnvKey",
+    "Expression",
     "FencedError",
+    "GenerateContext",
     "Generation",
     "GenerationContract",
+    "GenerationStatus",
     "Happened",
     "History",
     "KeyExistsError",
@@ -161,7 +172,9 @@ __all__ = [
     "ModelMessage",
     "NotReadyError",
     "ProcessInfo",
+    "Query",
     "QueryError",
+    "QueryRoot",
     "Question",
     "Ref",
     "ReplyHandle",
@@ -182,10 +195,13 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolCallContract",
+    "ToolCallRequest",
+    "ToolCallStatus",
     "ToolContext",
     "ToolError",
     "Transaction",
     "UnavailableError",
+    "Usage",
     "UsageLimits",
     "WebhookError",
     "WorkerAgent",
@@ -352,6 +368,15 @@ _WHERE = {
     "Change": "aidb_ray.store.collection",
     "Collection": "aidb_ray.store.collection",
     "Transaction": "aidb_ray.store.collection",
+    "GenerateContext": "aidb_ray.agents.run",
+    "ChunkCollection": "aidb_ray.chunks",
+    "GenerationStatus": "aidb_ray.contracts",
+    "ToolCallStatus": "aidb_ray.contracts",
+    "Usage": "aidb_ray.contracts",
+    "Expression": "aidb_ray.expressions",
+    "ToolCallRequest": "aidb_ray.models.base",
+    "Query": "aidb_ray.query.builder",
+    "QueryRoot": "aidb_ray.query.builder",
 }
 _SUBMODULES = frozenset({"testing"})
 

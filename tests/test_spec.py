@@ -50,6 +50,8 @@ NOT_CALLED = {
     *USED,
     *("AgentDefinition", "EffectStatus", "ProcessInfo", "Ref", "ReplyHandle", "Signal"),
     *("TextAdapter", "Tool", "ToolContext", "Transaction"),
+    *("ChunkCollection", "Expression", "GenerateContext", "Query", "QueryRoot"),
+    *("GenerationStatus", "ToolCallStatus"),
     *("ChunkContract", "GenerationContract", "ToolCallContract"),
     *("testing.Clock", "testing.Crash", "testing.FakeClock", "testing.LoopClock"),
     *("testing.CallTool", "testing.Expected", "testing.Part", "testing.Player"),

@@ -25,6 +25,7 @@ from aidb_ray.errors import ConfigError, ContractError, ToolError
 from aidb_ray.json_values import parse_json
 from aidb_ray.models.signals import Signal
 from aidb_ray.models.signatures import Signature, parse_docstring, read_signature
+from aidb_ray.retry import check_bounds
 
 MAX_RESULT_BYTES = 1 << 20
 """How large a tool's result may be as JSON, unless the tool says otherwise."""
@@ -155,7 +156,8 @@ class Tool:
         max_result_bytes: How large a result may be as JSON.
         runs_elsewhere: Whether an agent only writes the call's row and waits until an executor
             has ended it.
-        timeout_ms: How long an agent waits for that, None without bound.
+        timeout_ms: How long a call may take, None without bound: to run, or until an executor has
+            ended it.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class Tool:
         self.max_result_bytes = max_result_bytes
         self.runs_elsewhere = runs_elsewhere
         self.timeout_ms = timeout_ms
+        check_bounds(self, "timeout_ms", least=1, may_be_none=True)
         self._function = function
         self._signature = signature
         self._output_type = output_type
@@ -267,7 +270,8 @@ class Tool:
 
         Raises:
             ToolError: with code `invalid_args` if it was not run; `tool_error` if it raised,
-                `tool_crashed` if it tried to end the process; `not_serializable`,
+                `tool_crashed` if it tried to end the process, `timeout` if it took longer than
+                `timeout_ms`; `not_serializable`,
                 `result_too_large` or `invalid_result` if it ran but its result is unusable;
                 or the `ToolError` that it raised itself.
         """
@@ -276,12 +280,11 @@ class Tool:
         if self._signature.context_parameter:
             arguments[self._signature.context_parameter] = context
         run = partial(self._implementation, **arguments)
+        limit = self.timeout_ms
+        bound = asyncio.timeout(None if limit is None else limit / 1000)
         try:
-            if self._runs_here:
-                return self._to_json_value(await run())
-            result = await in_thread(context, self._run_in_thread, run, context)
-            if not isinstance(result, ToolError):
-                return self._to_json_value(await result) if inspect.isawaitable(result) else result
+            async with bound:
+                result = await self._execute(run, context)
         except asyncio.CancelledError as error:
             context.signal.abort("cancelled")
             task = asyncio.current_task()
@@ -290,8 +293,22 @@ class Tool:
             # Nobody cancelled us: the tool awaited something that was cancelled.
             raise self._failure(error, context) from error
         except (Exception, SystemExit) as error:
+            if bound.expired():
+                context.signal.abort("timeout")
+                raise ToolError(
+                    f"It took over {limit} ms and was stopped.", code="timeout"
+                ) from None
             raise self._failure(error, context) from error
-        raise result
+        if isinstance(result, ToolError):
+            raise result
+        return result
+
+    async def _execute(self, run: Callable[[], Any], context: ToolContext) -> Any:
+        """Return the result, or as what it failed in a thread."""
+        if self._runs_here:
+            return self._to_json_value(await run())
+        result = await in_thread(context, self._run_in_thread, run, context)
+        return self._to_json_value(await result) if inspect.isawaitable(result) else result
 
     def _run_in_thread(self, run: Callable[[], Any], context: ToolContext) -> Any:
         """Return the result, or as what it failed."""
@@ -404,6 +421,7 @@ def tool(
     output_schema: Any = None,
     needs_approval: bool = False,
     max_result_bytes: int = MAX_RESULT_BYTES,
+    timeout_ms: int | None = None,
 ) -> Callable[[Callable[..., Any]], Tool]: ...
 
 
@@ -417,16 +435,19 @@ def tool(
     output_schema: Any = None,
     needs_approval: bool = False,
     max_result_bytes: int = MAX_RESULT_BYTES,
+    timeout_ms: int | None = None,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
     """Make a function a tool, as `@tool` or `@tool(...)`.
 
     Name and description come from the function and its docstring, the arguments from its
     annotations; a Google `Args:` section describes them. An `input_schema` takes the place of
     the signature: a function with one parameter annotated with it gets the model, any other gets
-    the fields by name. A result must fit `output_schema`, if there is one.
+    the fields by name. A result must fit `output_schema`, if there is one. A call that takes over
+    `timeout_ms` is cancelled and answered with an error; a thread goes on, which nobody can stop.
 
     Raises:
-        ConfigError: the name, a parameter or a type cannot be offered to a model.
+        ConfigError: the name, a parameter or a type cannot be offered to a model; or a bound
+            cannot be (`invalid_bound`).
     """
     # Types defined inside a function are found nowhere else when annotations are strings.
     frame = inspect.currentframe()
@@ -450,6 +471,7 @@ def tool(
             output_type=output_schema,
             needs_approval=needs_approval,
             max_result_bytes=max_result_bytes,
+            timeout_ms=timeout_ms,
         )
 
     return make if function is None else make(function)

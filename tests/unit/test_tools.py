@@ -4,6 +4,7 @@ import asyncio
 import json
 import pickle
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -331,6 +332,38 @@ async def test_cancelling_a_call_passes_and_fires_the_signal() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert context.signal.is_aborted
+
+
+@pytest.mark.parametrize("runs_in_thread", [False, True])
+async def test_a_call_that_takes_too_long_is_stopped(*, runs_in_thread: bool) -> None:
+    context, ended = ToolContext(), threading.Event()
+
+    async def wait() -> None:
+        """Wait."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    def wait_in_thread(ctx: ToolContext) -> None:
+        """Wait."""
+        while not ctx.signal.is_aborted:
+            time.sleep(0.001)
+        ended.set()
+
+    slow = tool(timeout_ms=20)(wait_in_thread if runs_in_thread else wait)
+    with pytest.raises(ToolError, match="over 20 ms") as raised:
+        await slow.call({}, context)
+
+    assert (raised.value.code, context.signal.is_aborted) == ("timeout", True)
+    await asyncio.to_thread(ended.wait, 20)
+
+
+@pytest.mark.parametrize("timeout_ms", [0, -1, True, 1.5])
+def test_a_timeout_is_a_number_of_milliseconds(timeout_ms: Any) -> None:
+    with pytest.raises(ConfigError) as raised:
+        tool(timeout_ms=timeout_ms)(find)
+    assert raised.value.code == "invalid_bound"
 
 
 async def test_a_thread_learns_of_its_cancellation_by_the_signal() -> None:
