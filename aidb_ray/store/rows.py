@@ -254,6 +254,10 @@ class RowCodec(Generic[T]):
             )
         if self._type is None:
             value = self._encode_dict(collection, fields)[1]
+            # Whoever leaves the type out changes the runtime's rows by the same rules.
+            kept = DEFAULT_ROW_TYPES.get(collection)
+            if kept is not None and before.get("status") in TERMINAL_STATUSES.get(kept, ()):
+                self._check_status_stays(collection, key, before["status"], fields.get("status"))
         else:
             try:
                 # JSON on both sides: strict validation takes a stored time as text only from JSON.
@@ -265,7 +269,7 @@ class RowCodec(Generic[T]):
             value = self._serialize(model)
         return self._checked(collection, key, stamp(value, self.version))
 
-    def _check_status_stays(self, collection: str, key: str, before: str, after: str) -> None:
+    def _check_status_stays(self, collection: str, key: str, before: str, after: object) -> None:
         if after != before:
             raise ContractError(
                 f"{collection}[{key!r}] is {before} for good and cannot become {after}.",

@@ -434,6 +434,25 @@ async def test_a_terminal_status_never_changes_again(
             await near.update(status, {"status": status, "error_code": "late"})
 
 
+@pytest.mark.parametrize("collection", ["tool_calls", "generations"])
+async def test_a_terminal_status_stays_also_for_who_leaves_the_type_out(
+    tmp_path: Path, collection: str
+) -> None:
+    async with open_store(tmp_path) as store:
+        rows = Process(store).collection(collection)
+        await rows.insert({"id": "a", "status": "cancelled", "generationId": "g", "name": "x"})
+        revision = (await store.actor.status()).revision
+        with pytest.raises(ContractError) as raised:
+            await rows.update("a", {"status": "pending"})
+
+        assert raised.value.code == "illegal_transition"
+        assert (await store.actor.status()).revision == revision
+        await rows.update("a", {"note": "kept"})
+        others = Process(store).collection("jobs")
+        await others.insert({"id": "a", "status": "completed"})
+        await others.update("a", {"status": "pending"})
+
+
 async def test_a_call_that_is_tried_again_goes_back_to_pending(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
         calls = Process(store).collection("tool_calls", ToolCall)
