@@ -59,6 +59,12 @@ class _Worker:
     task: asyncio.Task[bool]
     run: GenerationRun | None = None
 
+    def interrupt(self) -> None:
+        """Stop it where it is; the generation goes on later, here or elsewhere."""
+        if self.run is not None:
+            self.run.leave()
+        self.task.cancel()
+
 
 @dataclass(slots=True)
 class SuspectTurn:
@@ -624,7 +630,7 @@ class PartitionWork:
             self._hear_no_more()
             for worker in self._runs.values():
                 if worker.task is not asyncio.current_task():
-                    worker.task.cancel()
+                    worker.interrupt()
 
     async def _carry_out_cancel(self, storage: str, request: CancelRequest, revision: int) -> None:
         """Abort what runs and end what waits; then the request is done."""
@@ -689,10 +695,11 @@ class PartitionWork:
             if taken is None:
                 return False
             task = self._begin(taken)
+            worker = self._runs[taken]
             try:
                 await asyncio.wait([task])
             except asyncio.CancelledError:
-                task.cancel()
+                worker.interrupt()
                 await asyncio.wait([task])
                 raise
             self._raise_if_fenced()
@@ -732,10 +739,10 @@ class PartitionWork:
 
     async def interrupt(self) -> None:
         """Stop what runs where it is."""
-        tasks = [worker.task for worker in self._runs.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        workers = list(self._runs.values())
+        for worker in workers:
+            worker.interrupt()
+        await asyncio.gather(*(worker.task for worker in workers), return_exceptions=True)
 
     def _has_work(self, session: str | None) -> bool:
         return self.queue.has_work(session, now_ms=now_ms()) or self._parking.is_work(session)

@@ -110,6 +110,7 @@ class GenerationRun:
         self._recorder: Recorder
         self._commits = Commits(shard, self._session, self._state)
         self.signal = Signal()
+        self._is_left = False
         self._calls = RoundCalls(shard, self._session, self._state, self._commits, self.signal)
         self._ending = Ending(shard, self._session, self._state, self._commits, self._pending)
         self._reply: Any = None
@@ -191,6 +192,11 @@ class GenerationRun:
         if task is not None:
             task.cancel()
 
+    def leave(self) -> None:
+        """Have the user's functions stop: this process is not to end the generation any more."""
+        self._is_left = True
+        self.signal.abort("stopped")
+
     def _time_out(self, limit_ms: int) -> None:
         self._stop(machine.TimedOut(limit_ms), "run timeout")
 
@@ -232,6 +238,9 @@ class GenerationRun:
         return self._end_when_stopped(), []
 
     def _end_when_stopped(self) -> End:
+        if self._is_left:
+            # What was cancelled has swallowed that.
+            raise asyncio.CancelledError
         # The user's functions have the signal, too.
         return self._cut_short(self._stopped or machine.Cancelled(self.signal.reason))
 

@@ -1555,6 +1555,43 @@ async def start_raw(
     return agent
 
 
+@pytest.mark.parametrize("swallows", [False, True])
+async def test_ending_an_agent_fires_the_signal_of_its_generate(
+    db: Database, *, swallows: bool
+) -> None:
+    began, heard = asyncio.Event(), list[bool]()
+
+    async def generate(ctx: GenerateContext[Any]) -> str:
+        if began.is_set():
+            return "later"
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            heard.append(ctx.signal.is_aborted)
+            if not swallows:
+                raise
+        return "cut short"
+
+    agent = await start_raw(db, generate)
+    await tasks_of(db).insert({"id": "a"})
+    await began.wait()
+    await agent.aclose()
+
+    assert heard == [True]
+    [left] = await raw_generations(db)
+    assert left.status == "running"
+    again = await start_raw(db, generate, on_response=lambda said, rows: finish(db, said, rows))
+    await again.drain_until_idle()
+    [row] = await raw_rows(db)
+    assert (row.done, row.body) == (True, "later")
+
+
+def finish(db: Database, said: str, rows: list[Task]) -> None:
+    for row in rows:
+        tasks_of(db).update(row.id, {"done": True, "body": said})
+
+
 async def raw_rows(db: Database) -> list[Task]:
     tasks = tasks_of(db)
     return await db.query(lambda q: q.from_(t=tasks).order_by(lambda t: t.id))
