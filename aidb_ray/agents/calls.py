@@ -10,7 +10,7 @@ import msgspec
 
 from aidb_ray import crash_points
 from aidb_ray.agents.cycle import AnswerCode, Call, CallDeferred, CallFinished, GoOn, Standing
-from aidb_ray.agents.delegation import make_request
+from aidb_ray.agents.delegation import make_request, take_back
 from aidb_ray.agents.parking import Waiting
 from aidb_ray.agents.rows import MessageRow, ToolCallRow, now_ms, now_text, time_ms
 from aidb_ray.agents.session import args_text, round_of
@@ -93,7 +93,7 @@ class RoundCalls:
             What became of each; nothing if someone else has written one of them meanwhile: then
             nothing was done.
         """
-        known = self._state.calls[self._commits.generation.id]
+        known = self._state.calls.get(self._commits.generation.id, {})
         ended = [
             _ended(
                 msgspec.structs.replace(
@@ -103,10 +103,17 @@ class RoundCalls:
                 _answer(known[key], code),
             )
             for key, code in command.answers.items()
+            if code != "delegation_cycle"
+        ]
+        circular = {key for key, code in command.answers.items() if code == "delegation_cycle"}
+        taken_back = [
+            take_back(request)
+            for request, _ in self._state.requests_of(self._commits.generation.id)
+            if request.id in circular
         ]
         started = [self._started(known[key]) for key in command.keys]
         # Durable before the tool runs, or the attempts could not be counted.
-        if not await self._write_found([*ended, *started]):
+        if not await self._write_found([*ended, *started], taken_back):
             return []
         await self._run_all(started)
         return [CallFinished(key) for key in (*command.answers, *command.keys)]
@@ -253,14 +260,27 @@ class RoundCalls:
         if crash_points.armed:
             await crash_points.reach("tool.recorded")
 
-    async def _write_found(self, calls: Sequence[ToolCallRow]) -> bool:
-        """Write calls unless others have written any of them since they were read."""
+    async def _write_found(
+        self, calls: Sequence[ToolCallRow], requests: Sequence[MessageRow]
+    ) -> bool:
+        """Write calls and requests unless others have written any of them since they were read."""
+        messages = self._state.messages
         updates = [
             self._commits.update("tool_calls", call, self._state.call_revision(call.id))
             for call in calls
         ]
+        asked = {
+            request.id: self._commits.update("messages", request, messages[request.id].revision)
+            for request in requests
+        }
+
+        def know(revision: int) -> None:
+            self._know(calls, revision)
+            for key, update in asked.items():
+                self._state.put_message(key, revision, update.value)
+
         try:
-            await self._commits.write(updates, lambda revision: self._know(calls, revision))
+            await self._commits.write([*updates, *asked.values()], know)
         except ConflictError as error:
             if error.collection == CHUNKS:
                 raise
@@ -319,6 +339,8 @@ def standings(
         found.append(Call(call.id, call.round, standing))
     for request, reply in state.requests_of(generation.id):
         standing = "answered" if reply is not None or request.processed else "awaited"
+        if standing == "awaited" and state.closes_cycle(request):
+            standing = "circular"
         if reply is not None and written_at is not None and reply.revision > written_at:
             standing = "answered_elsewhere"
         found.append(Call(request.id, round_of(request.id), standing))

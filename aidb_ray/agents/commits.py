@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from aidb_ray.agents.rows import GenerationRow, ToolCallRow, encode_row
+from aidb_ray.agents.rows import GenerationRow, MessageRow, ToolCallRow, encode_row
 from aidb_ray.chunks import ChunkBuffer, Ending
 from aidb_ray.store.changes import Append, Insert, Mutation, Need, Update
 from aidb_ray.store.columns import EMPTY
@@ -41,7 +41,9 @@ class Commits:
         """Return the mutation that adds a row."""
         return Insert(self._session, collection, key, encode_row(row))
 
-    def update(self, collection: str, row: GenerationRow | ToolCallRow, base: int = 0) -> Update:
+    def update(
+        self, collection: str, row: GenerationRow | ToolCallRow | MessageRow, base: int = 0
+    ) -> Update:
         """Return the mutation that replaces a row.
 
         Without a `base` whatever revision is there will do: only this runner writes generations,

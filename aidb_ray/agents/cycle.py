@@ -177,7 +177,7 @@ class RunCalls:
     keys: tuple[str, ...]
 
 
-AnswerCode: TypeAlias = Literal["in_doubt", "rejected", "timeout"]
+AnswerCode: TypeAlias = Literal["in_doubt", "rejected", "timeout", "delegation_cycle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,14 +345,23 @@ def _after_calls(cycle: Cycle) -> tuple[Cycle, Command]:
 # Going on from rows.
 
 Standing: TypeAlias = Literal[
-    "answered", "answered_elsewhere", "ready", "running", "again", "rejected", "expired", "awaited"
+    "answered",
+    "answered_elsewhere",
+    "ready",
+    "running",
+    "again",
+    "rejected",
+    "expired",
+    "circular",
+    "awaited",
 ]
 """How a call stands by its row.
 
 `answered`: it has its answer. `answered_elsewhere`: it has, and whoever gave it wrote that after
 this generation was last written. `ready`: nobody has begun it, and it runs here. `running`: it was
 running here. `again`: so it was, and someone decided that it is to run again. `rejected`: someone
-decided that it is not to run. `expired`: its time is up. `awaited`: someone else must answer or
+decided that it is not to run. `expired`: its time is up. `circular`: who was asked waits for us,
+and did before. `awaited`: someone else must answer or
 decide.
 """
 
@@ -446,6 +455,8 @@ def _go_on(
                 answers[call.key] = "rejected"
             case "expired":
                 answers[call.key] = "timeout"
+            case "circular":
+                answers[call.key] = "delegation_cycle"
             case "awaited":
                 awaited.append(call.key)
             case "running" if in_doubt == "retry":

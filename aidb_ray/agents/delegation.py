@@ -234,11 +234,8 @@ def make_request(
     """
     content = delegate.content_of(request.args_json)
     path = [*path, agent]
-    if delegate.name in path or _reaches(delegate.name, agent, waits):
-        raise ToolError(
-            f"{delegate.name!r} waits for this answer itself, so it cannot be asked.",
-            code="delegation_cycle",
-        )
+    if delegate.name in path or reaches(delegate.name, agent, waits):
+        raise ToolError(_circular(delegate.name), code="delegation_cycle")
     if len(path) > MAX_DEPTH:
         raise ToolError(
             f"{MAX_DEPTH} agents wait for one another already; answer without asking further.",
@@ -262,7 +259,16 @@ def make_request(
     )
 
 
-def _reaches(begin: str, end: str, waits: Mapping[str, set[str]]) -> bool:
+def take_back(request: MessageRow) -> MessageRow:
+    """Return a request that is not to be answered, since who is asked waits for who asks."""
+    return msgspec.structs.replace(request, processed=True, error_code="delegation_cycle")
+
+
+def _circular(name: str) -> str:
+    return f"{name!r} waits for this answer itself, so it cannot be asked."
+
+
+def reaches(begin: str, end: str, waits: Mapping[str, set[str]]) -> bool:
     """Whether `begin` waits for `end`, directly or by others."""
     seen: set[str] = set()
     left = [begin]
@@ -283,6 +289,8 @@ def answer_to(
     if reply is None:
         if not request.processed:
             return None
+        if request.error_code == "delegation_cycle":
+            return encode_error(ToolError(_circular(request.target_agent), code="delegation_cycle"))
         words = f"{request.target_agent!r} has not replied."
         return encode_error(ToolError(words, code="no_reply"))
     if reply.error_code is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from aidb_ray.agents.definition import History
-from aidb_ray.agents.delegation import Delegate, answer_to
+from aidb_ray.agents.delegation import Delegate, answer_to, reaches
 from aidb_ray.agents.rows import (
     GenerationRow,
     MessageRow,
@@ -190,14 +190,29 @@ class SessionState:
             for key in sorted(requests, key=_place_of)
         ]
 
-    def waits(self) -> dict[str, set[str]]:
-        """Return which agents have asked which others in this session, and not been answered."""
+    def waits(self, before: int | None = None) -> dict[str, set[str]]:
+        """Return which agents have asked which others in this session, and not been answered.
+
+        With `before`, only what was asked before that revision.
+        """
         waits: dict[str, set[str]] = {}
         for key, known in self.messages.items():
             message = known.message
+            if before is not None and known.revision >= before:
+                continue
             if message.path and not message.processed and message.request_id == key:
                 waits.setdefault(message.actor_id, set()).add(message.target_agent)
         return waits
+
+    def closes_cycle(self, request: MessageRow) -> bool:
+        """Whether who is asked waited already, directly or by others, for who asks.
+
+        Who asked last sees that, so that of a circle of requests exactly one is taken back.
+        """
+        known = self.messages.get(request.id)
+        return known is not None and reaches(
+            request.target_agent, request.actor_id, self.waits(known.revision)
+        )
 
     def path_of(self, pending: Sequence[str]) -> list[str]:
         """Return who waits for the answer to these messages, the first that delegated first."""

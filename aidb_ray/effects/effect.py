@@ -174,8 +174,13 @@ class Effect:
         definition, running = self._definition, self.database.local_effects
         fingerprint = definition.fingerprint()
         found = running.get(definition.name)
-        if found is not None and found[0] == fingerprint:
-            return found[1]
+        while found is not None and found[0] == fingerprint:
+            if await _are_alive(found[1]):
+                return found[1]
+            if running.get(definition.name) is found:
+                break
+            # Somebody else was faster to replace what had ended.
+            found = running.get(definition.name)
         refs: list[ActorRef[EffectActor]] = [
             LocalRef(EffectActor(self.database, definition, index))
             for index in range(definition.processes)
@@ -226,6 +231,14 @@ def start_effect(definition: EffectDefinition, database: Database | None) -> Eff
     effect = Effect(home, definition)
     home.keep_effect(effect)
     return effect
+
+
+async def _are_alive(refs: Sequence[ActorRef[EffectActor]]) -> bool:
+    try:
+        await asyncio.gather(*(ref.ask(EffectActor.status) for ref in refs))
+    except UnavailableError:
+        return False
+    return True
 
 
 async def _stop(refs: Sequence[ActorRef[EffectActor]]) -> None:

@@ -554,7 +554,7 @@ class EffectLoop:
             grace = self._definition.grace_ms / 1000
             _, running = await asyncio.wait(set(self._tasks.values()), timeout=grace)
             for task in running:
-                logger.warning("%s does not end; it is left alone", task.get_name())
+                logger.warning("%s does not return; it is left alone", task.get_name())
                 task.cancel()
             if running:
                 # Who waits for a thread ends with this; who takes no cancel is left behind.

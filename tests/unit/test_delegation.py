@@ -470,6 +470,39 @@ async def test_agents_do_not_wait_for_one_another_from_two_ends(db: Database) ->
     await second.reply(timeout_ms=SOON_MS)
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c")])
+async def test_of_agents_that_ask_one_another_at_once_one_takes_it_back(
+    db: Database, names: tuple[str, ...]
+) -> None:
+    """None of them can know of the others' requests when it makes its own."""
+    door = asyncio.Event()
+    thinking = 0
+
+    def after_the_door(name: str) -> Play:
+        async def play(messages: Sequence[ModelMessage]) -> Reply:
+            nonlocal thinking
+            thinking += 1
+            await door.wait()
+            return asks(call(name))(messages)
+
+        return play
+
+    agents = [
+        await start(name, after_the_door(names[index - 1]), AgentTool(names[index - 1]))
+        for index, name in enumerate(names)
+    ]
+    handles = [agent.send("go", session=URL) for agent in agents]
+    await until(lambda: thinking == len(names))
+    door.set()
+    replies = [(await handle.reply(timeout_ms=SOON_MS)).content for handle in handles]
+
+    messages: list[AgentMessage] = await rows(db, "messages")
+    taken_back = [message for message in messages if message.error_code == "delegation_cycle"]
+    assert len(taken_back) == 1
+    assert all("delegation_cycle" in reply for reply in replies)
+    assert all(message.processed for message in messages)
+
+
 async def test_depth_has_a_bound(db: Database) -> None:
     agents = [await start("a0", says("Bottom"))]
     for number in range(1, MAX_DEPTH + 2):
