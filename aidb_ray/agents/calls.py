@@ -12,7 +12,7 @@ from aidb_ray import crash_points
 from aidb_ray.agents.cycle import AnswerCode, Call, CallDeferred, CallFinished, GoOn, Standing
 from aidb_ray.agents.delegation import make_request, take_back
 from aidb_ray.agents.parking import Waiting
-from aidb_ray.agents.rows import MessageRow, ToolCallRow, now_ms, now_text, time_ms
+from aidb_ray.agents.rows import MessageRow, ToolCallRow, decode_call, now_ms, now_text, time_ms
 from aidb_ray.agents.session import args_text, round_of
 from aidb_ray.contracts import ToolCallStatus
 from aidb_ray.effects.record import WorkRecord
@@ -49,6 +49,11 @@ class RoundCalls:
         self._state = state
         self._commits = commits
         self._signal = signal
+        self._news = asyncio.Event()
+
+    def hear(self) -> None:
+        """Hear that others may have decided about calls: those that may run now need not wait."""
+        self._news.set()
 
     async def begin(
         self,
@@ -83,8 +88,12 @@ class RoundCalls:
         await commits.write(mutations, know, takes_chunks=True)
         if crash_points.armed:
             await crash_points.reach("calls.written")
-        await self._run_all([call for call in calls if call.status == ToolCallStatus.EXECUTING])
-        return [CallDeferred(row.id) if _is_left(row) else CallFinished(row.id) for row in made]
+        begun = [call for call in calls if call.status == ToolCallStatus.EXECUTING]
+        ran = await self._run_all(begun)
+        return [
+            CallDeferred(row.id) if _is_left(row) and row.id not in ran else CallFinished(row.id)
+            for row in made
+        ]
 
     async def go_on(self, command: GoOn) -> list[CallFinished | CallDeferred]:
         """Answer and run calls that were found open; all that is decided is one commit.
@@ -115,8 +124,8 @@ class RoundCalls:
         # Durable before the tool runs, or the attempts could not be counted.
         if not await self._write_found([*ended, *started], taken_back):
             return []
-        await self._run_all(started)
-        return [CallFinished(key) for key in (*command.answers, *command.keys)]
+        ran = await self._run_all(started)
+        return [CallFinished(key) for key in (*command.answers, *ran)]
 
     def _rows_of(
         self, requests: Sequence[ToolCallRequest], keys: Sequence[str], number: int
@@ -202,11 +211,13 @@ class RoundCalls:
             updated_at=now_text(),
         )
 
-    async def _run_all(self, calls: Sequence[ToolCallRow]) -> None:
-        if len(calls) < 2:
+    async def _run_all(self, calls: Sequence[ToolCallRow]) -> list[str]:
+        """Run calls at once, and what is decided meanwhile with them; return the keys of all."""
+        ran = [call.id for call in calls]
+        if len(calls) < 2 and not self._is_any_left():
             for call in calls:
                 await self._run(call)
-            return
+            return ran
         slots = asyncio.Semaphore(MAX_RUNNING_TOOLS)
 
         async def run(call: ToolCallRow) -> None:
@@ -214,11 +225,48 @@ class RoundCalls:
                 await self._run(call)
 
         try:
-            async with asyncio.TaskGroup() as running:
-                for call in calls:
-                    running.create_task(run(call))
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+            async with asyncio.TaskGroup() as group:
+                running = {group.create_task(run(call)) for call in calls}
+                while running:
+                    running -= await self._until_news(running)
+                    if self._news.is_set():
+                        self._news.clear()
+                        decided = await self._start_decided()
+                        ran += [call.id for call in decided]
+                        running |= {group.create_task(run(call)) for call in decided}
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return ran
+
+    async def _until_news(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[Any]]:
+        """Wait until a call has ended, or there may be another; return the tasks that are done."""
+        if not self._is_any_left():
+            return (await asyncio.wait(running))[0]
+        news = asyncio.create_task(self._news.wait())
+        try:
+            first = asyncio.FIRST_COMPLETED
+            return (await asyncio.wait([*running, news], return_when=first))[0]
+        finally:
+            news.cancel()
+
+    def _is_any_left(self) -> bool:
+        """Whether calls of the generation wait for others to decide."""
+        calls = self._state.calls.get(self._commits.generation.id, {})
+        return any(call.status == ToolCallStatus.PENDING for call in calls.values())
+
+    async def _start_decided(self) -> list[ToolCallRow]:
+        """Write of calls that wait and may run by now that they are run; return those."""
+        pending = (("generationId", (self._commits.generation.id,)), ("status", ("pending",)))
+        _, rows = await self._shard.client.read(Filter("tool_calls", self._session, where=pending))
+        ready: list[ToolCallRow] = []
+        for row in rows:
+            call = decode_call(row.value)
+            tool = self._shard.tools.get(call.name)
+            if _standing(call, tool, now_ms(), is_decided=False) == "ready":
+                self._state.put_call(call, row.revision)
+                ready.append(self._started(call))
+        # If others write one of them in this moment, there will be news again.
+        return ready if ready and await self._write_found(ready, ()) else []
 
     async def _run(self, call: ToolCallRow) -> None:
         # Of its own: a tool that waited for something cancelled aborts it, and only this call.

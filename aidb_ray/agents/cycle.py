@@ -259,7 +259,11 @@ def _advance(cycle: Cycle, event: Event, limits: Limits) -> tuple[Cycle, Command
         case RoundFailed():
             return _fail_round(cycle, event, limits.retry)
         case CallFinished(key):
-            return _after_calls(replace(cycle, open_calls=cycle.open_calls - {key}))
+            # One that was left to others may have been decided while the rest ran.
+            left = replace(
+                cycle, open_calls=cycle.open_calls - {key}, awaited=cycle.awaited - {key}
+            )
+            return _after_calls(left)
         case CallDeferred(key):
             return _after_calls(replace(cycle, awaited=cycle.awaited | {key}))
         case _:

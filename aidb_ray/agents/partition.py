@@ -348,8 +348,11 @@ class PartitionWork:
 
     def _hear_for(self, session: str, revision: int) -> None:
         """Have a session look at its rows again, now or when its run would leave it waiting."""
-        if session in self._runs:
+        worker = self._runs.get(session)
+        if worker is not None:
             self._parking.hear(session, revision)
+            if worker.run is not None:
+                worker.run.hear()
         self._unpark(session)
 
     def _unpark(self, session: str) -> None:

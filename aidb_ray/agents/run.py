@@ -192,6 +192,10 @@ class GenerationRun:
         if task is not None:
             task.cancel()
 
+    def hear(self) -> None:
+        """Hear that others may have decided about calls of the generation."""
+        self._calls.hear()
+
     def leave(self) -> None:
         """Have the user's functions stop: this process is not to end the generation any more."""
         self._is_left = True

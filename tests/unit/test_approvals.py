@@ -230,7 +230,7 @@ async def test_other_calls_of_the_round_run_meanwhile(db: Database) -> None:
     assert (await handle.reply(timeout_ms=SOON_MS)).content == "sent to ann seen"
 
 
-async def test_a_decision_that_comes_while_another_call_runs_is_seen(db: Database) -> None:
+async def test_a_call_that_is_approved_waits_for_no_other_of_its_round(db: Database) -> None:
     sender, door = Sender(), asyncio.Event()
 
     @tool
@@ -239,16 +239,55 @@ async def test_a_decision_that_comes_while_another_call_runs_is_seen(db: Databas
         await door.wait()
         return "seen"
 
-    play = plays(CallTool("send", {"to": "ann"}), CallTool("look"))
-    agent = await start(play, sender.tool, look)
+    @tool(needs_approval=True)
+    async def wait() -> str:
+        """Wait, for long."""
+        await door.wait()
+        return "waited"
+
+    play = plays(
+        CallTool("send", {"to": "ann"}),
+        CallTool("look"),
+        CallTool("wait"),
+        CallTool("send", {"to": "bob"}),
+    )
+    agent = await start(play, sender.tool, look, wait)
     handle = agent.send("go", session=URL)
-    [waits] = await calls_that_wait(db)
-    await approve(db.session(URL).tool_calls, waits.id)
-    client = db.partitions[0].client
-    await client.feed.reached((await client.status()).revision)
+    calls = db.session(URL).tool_calls
+    ann, waits, bob = await calls_that_wait(db, 3)
+    for call, sent in ((ann, 1), (waits, 1), (bob, 2)):
+        await approve(calls, call.id)
+        await until(lambda sent=sent: len(sender.sent) == sent)
     door.set()
 
-    assert (await handle.reply(timeout_ms=SOON_MS)).content == "sent to ann seen"
+    assert (await handle.reply(timeout_ms=SOON_MS)).content == "sent to ann seen waited sent to bob"
+    assert sender.sent == [("ann", 1), ("bob", 1)]
+    assert [call.attempt for call in await rows(db, "tool_calls")] == [1, 1, 1, 1]
+
+
+async def test_a_decision_is_seen_while_calls_of_an_earlier_decision_run(db: Database) -> None:
+    sender, door = Sender(), asyncio.Event()
+
+    @tool(needs_approval=True)
+    async def wait() -> str:
+        """Wait, for long."""
+        await door.wait()
+        return "waited"
+
+    play = plays(CallTool("wait"), CallTool("send", {"to": "ann"}), CallTool("send", {"to": "bob"}))
+    agent = await start(play, sender.tool, wait)
+    handle = agent.send("go", session=URL)
+    calls = db.session(URL).tool_calls
+    waits, ann, bob = await calls_that_wait(db, 3)
+    await approve(calls, waits.id)
+    await calls_that_wait(db, 2)
+    await approve(calls, ann.id)
+    await until(lambda: len(sender.sent) == 1)
+    await reject(calls, bob.id, reason="No.")
+    door.set()
+
+    assert "No." in (await handle.reply(timeout_ms=SOON_MS)).content
+    assert sender.sent == [("ann", 1)]
 
 
 async def test_a_call_that_was_approved_and_died_is_in_doubt(db: Database) -> None:
