@@ -271,7 +271,8 @@ class RoundCalls:
     async def _run(self, call: ToolCallRow) -> None:
         # Of its own: a tool that waited for something cancelled aborts it, and only this call.
         signal = Signal()
-        forget = self._signal.add_listener(lambda: signal.abort(self._signal.reason))
+        stop = self._signal
+        forget = stop.add_listener(lambda: signal.abort(stop.reason, is_stop=stop.is_stop))
         self._shard.running += 1
         try:
             tool = self._shard.tools.get(call.name)

@@ -199,7 +199,7 @@ class GenerationRun:
     def leave(self) -> None:
         """Have the user's functions stop: this process is not to end the generation any more."""
         self._is_left = True
-        self.signal.abort("stopped")
+        self.signal.abort("stopped", is_stop=True)
 
     def _time_out(self, limit_ms: int) -> None:
         self._stop(machine.TimedOut(limit_ms), "run timeout")

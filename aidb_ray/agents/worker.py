@@ -28,6 +28,7 @@ from aidb_ray.errors import (
 )
 from aidb_ray.models.base import ModelMessage, TextAdapter
 from aidb_ray.models.chat import parse_output
+from aidb_ray.models.signals import Signal
 from aidb_ray.models.signatures import Signature
 from aidb_ray.models.tools import Tool, ToolContext, describe_mismatch
 
@@ -128,7 +129,9 @@ class WorkerAgent(Tool, Generic[I, O]):
         run_id = _run_id_of(ctx.idempotency_key) if ctx.idempotency_key else new_id()
         try:
             # A call that is stopped with its process goes on later, and so does its run.
-            return await self._run(input_, run_id, lambda: ctx.signal.is_aborted, is_patient=True)
+            return await self._run(
+                input_, run_id, lambda: _is_cancelled(ctx.signal), is_patient=True
+            )
         except (ModelError, RunCancelledError) as error:
             raise ToolError(f"{self.name!r} failed: {error}", code=error.code) from error
 
@@ -237,6 +240,11 @@ async def _reply_to(agent: Agent, handle: ReplyHandle, *, is_patient: bool) -> s
             logger.warning("a worker is waited for that cannot be reached now", exc_info=True)
         await asyncio.sleep(_PAUSE_MS / 1000)
         handle = agent.reply_to(handle.message_id, session=handle.session)
+
+
+def _is_cancelled(signal: Signal) -> bool:
+    # Where only the caller's process stops, its call is made again and finds the run.
+    return signal.is_aborted and not signal.is_stop
 
 
 async def _cancel(agent: Agent, handle: ReplyHandle) -> None:

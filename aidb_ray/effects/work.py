@@ -87,7 +87,7 @@ class RowWork:
         except FencedError as error:
             logger.warning("another executor has the row, or it is gone: %s", error)
             self._stop = "fenced"
-            self.signal.abort("the claim was lost")
+            self.signal.abort("the claim was lost", is_stop=True)
             return False
         except asyncio.CancelledError:
             self._is_over = True
@@ -113,7 +113,7 @@ class RowWork:
         if self._stop or self._is_over:
             return
         self._stop = why
-        self.signal.abort(reason)
+        self.signal.abort(reason, is_stop=why != "ended")
         if self._task is not None:
             self._task.cancel()
 

@@ -20,6 +20,7 @@ class Signal:
         self._listeners: list[Callable[[], object]] = []
         self._aborted = False
         self._reason = ""
+        self._is_stop = False
 
     @property
     def is_aborted(self) -> bool:
@@ -31,12 +32,18 @@ class Signal:
         """What the one who aborted said, `""` until then."""
         return self._reason
 
-    def abort(self, reason: str = "") -> None:
+    @property
+    def is_stop(self) -> bool:
+        """Whether only this process stops, so that the work goes on elsewhere or later."""
+        return self._is_stop
+
+    def abort(self, reason: str = "", *, is_stop: bool = False) -> None:
         """Ask the work to stop; calls after the first change nothing."""
         with self._lock:
             if self._aborted:
                 return
             self._reason = reason
+            self._is_stop = is_stop
             self._aborted = True
             listeners, self._listeners = self._listeners, []
         for listener in listeners:

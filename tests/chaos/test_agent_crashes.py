@@ -225,10 +225,25 @@ def small_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("policy", ["retry", "fail"])
 @pytest.mark.parametrize("keeps_last", [False, True], ids=["frame lost", "answer lost"])
 def test_at_every_frame(tmp_path: Path, policy: Policy, *, keeps_last: bool) -> None:
-    deaths = 0
     repeated: Counter[str] = Counter()
+    for go in range(5):
+        deaths = crash_at_every_frame(tmp_path / str(go), policy, repeated, keeps_last=keeps_last)
+        assert deaths >= 12, "the conversation has fewer frames than it should"
+        if repeated["calls"] or policy == "fail" or keeps_last:
+            break
+    assert repeated["rounds"] >= 2, "no death came in the middle of a round"
+    if policy == "retry" and not keeps_last:
+        # On a busy machine a call's effect and its record may come to lie in one frame.
+        assert repeated["calls"] >= 1, "no death came between a call's effect and its record"
+
+
+def crash_at_every_frame(
+    directory: Path, policy: Policy, repeated: Counter[str], *, keeps_last: bool
+) -> int:
+    """Let one conversation after the other die at its next frame; return how many did."""
+    deaths = 0
     for dies_at in count(1):
-        path, outside = tmp_path / str(dies_at), Outside()
+        path, outside = directory / str(dies_at), Outside()
         life = converse(path, outside, policy)
         rows = live(life, dies_at=dies_at, keeps_last=keeps_last)
         if rows is not None:
@@ -240,10 +255,7 @@ def test_at_every_frame(tmp_path: Path, policy: Policy, *, keeps_last: bool) -> 
         repeated["rounds"] += len(outside.rounds) - len(set(outside.rounds))
         repeated["calls"] += len(outside.calls) - len({key for key, _ in outside.calls})
         assert len(outside.rounds) - len(set(outside.rounds)) <= 1
-    assert deaths >= 12, "the conversation has fewer frames than it should"
-    assert repeated["rounds"] >= 2, "no death came in the middle of a round"
-    if policy == "retry" and not keeps_last:
-        assert repeated["calls"] >= 1, "no death came between a call's effect and its record"
+    return deaths
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,1 @@
+"""What lies between webhooks and agents: who sent them, and where may be called back."""
