@@ -11,6 +11,7 @@ from aidb_ray.agents.delegation import Delegate
 from aidb_ray.agents.recorder import SilenceLimit
 from aidb_ray.agents.rows import GenerationRow
 from aidb_ray.agents.session import SessionState
+from aidb_ray.agents.threads import ToolThreads
 from aidb_ray.chunks import ChunkFlusher
 from aidb_ray.models.tools import Tool
 from aidb_ray.store.changes import Runner
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from aidb_ray.store.client import StoreClient
 
 
+LEAST_THREADS = 16
+"""As many calls of one round run at once."""
+
+
 @dataclass(slots=True)
 class Shard:
     """What all runs of one shard share.
@@ -29,6 +34,7 @@ class Shard:
         writes: Own writes of this process, on top of `view`.
         tools: The definition's, by name.
         delegates: The agents that it may ask, by name.
+        threads: Those that plain tools run in.
         view: The rows that may be in the `pending_work`, if it has one.
     """
 
@@ -41,12 +47,14 @@ class Shard:
     runner: Runner
     tools: Mapping[str, Tool] = field(init=False)
     delegates: Mapping[str, Delegate] = field(init=False)
+    threads: ToolThreads = field(init=False)
     view: View | None = None
     running: int = 0
 
     def __post_init__(self) -> None:
         self.tools = {tool.name: tool for tool in self.definition.tools}
         self.delegates = {delegate.name: delegate for delegate in self.definition.agents}
+        self.threads = ToolThreads(max(self.definition.max_running, LEAST_THREADS))
 
 
 @dataclass(frozen=True, slots=True)

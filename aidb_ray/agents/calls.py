@@ -298,6 +298,7 @@ class RoundCalls:
             record=make_record(
                 self._shard, self._session, self._commits, call.id, is_first=call.attempt == 1
             ),
+            watch=self._shard.threads,
         )
 
     async def _finish(self, call: ToolCallRow, result: Any, error: ToolError | None) -> None:

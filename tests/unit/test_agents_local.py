@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -953,6 +954,25 @@ async def test_ending_an_agent_ends_what_it_started_and_a_later_one_goes_on(
     reply = await again.reply_to(handle.message_id, session=URL).reply(timeout_ms=SOON_MS)
     assert reply.content == "You said hello."
     assert len(await generations(db)) == 1
+
+
+async def test_plain_tools_of_a_round_run_at_once(db: Database) -> None:
+    all_there = threading.Barrier(16, timeout=SOON_MS / 1000)
+
+    @tool
+    def meet() -> str:
+        """Wait for the others."""
+        all_there.wait()
+        return "met"
+
+    def play(messages: Sequence[ModelMessage]) -> Reply:
+        met = sum(message.content == "met" for message in messages)
+        return f"{met} met" if met else [CallTool("meet")] * 16
+
+    agent = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play), tools=[meet]))
+    reply = await agent.send("go", session=URL).reply(timeout_ms=SOON_MS)
+
+    assert reply.content == "16 met"
 
 
 async def test_ending_an_agent_while_a_tool_runs_leaves_its_call_to_a_later_one(
