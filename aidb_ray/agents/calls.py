@@ -125,7 +125,9 @@ class RoundCalls:
         if not await self._write_found([*ended, *started], taken_back):
             return []
         ran = await self._run_all(started)
-        return [CallFinished(key) for key in (*command.answers, *ran)]
+        # Those that waited first: else nothing but waiting would seem to be left.
+        joined = ran[len(started) :]
+        return [CallFinished(key) for key in (*joined, *command.answers, *command.keys)]
 
     def _rows_of(
         self, requests: Sequence[ToolCallRequest], keys: Sequence[str], number: int

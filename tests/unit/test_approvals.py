@@ -265,7 +265,9 @@ async def test_a_call_that_is_approved_waits_for_no_other_of_its_round(db: Datab
     assert [call.attempt for call in await rows(db, "tool_calls")] == [1, 1, 1, 1]
 
 
-async def test_a_decision_is_seen_while_calls_of_an_earlier_decision_run(db: Database) -> None:
+async def test_a_decision_is_seen_while_calls_of_an_earlier_decision_run(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     sender, door = Sender(), asyncio.Event()
 
     @tool(needs_approval=True)
@@ -288,6 +290,7 @@ async def test_a_decision_is_seen_while_calls_of_an_earlier_decision_run(db: Dat
 
     assert "No." in (await handle.reply(timeout_ms=SOON_MS)).content
     assert sender.sent == [("ann", 1)]
+    assert [record.message for record in caplog.records if record.exc_info] == []
 
 
 async def test_a_call_that_was_approved_and_died_is_in_doubt(db: Database) -> None:
