@@ -88,7 +88,9 @@ def create_agent(
 
     With the name of a running agent it attaches if the definition's fingerprint is equal; else
     `on_change` says: `"replace"` (rounds in flight finish, later ones run the new definition),
-    `"attach"` (go on with the old) or `"error"`. Dropping the handle stops nothing.
+    `"attach"` (go on with the old) or `"error"`. A definition that could not start, as its key is
+    missing where the old one runs, replaces nothing: `ready()` raises. Dropping the handle stops
+    nothing.
 
     Raises:
         ConfigError: the definition cannot be, or there is no database. Nothing was started.

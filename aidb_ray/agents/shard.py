@@ -140,6 +140,18 @@ class AgentActor:
             raise self._ended()
         return os.getpid()
 
+    async def check(self, definition: AgentDefinition) -> None:
+        """Say whether a definition that shall replace this one could start in such a process.
+
+        Of a process with other `ray_options`, nothing can be told here.
+
+        Raises:
+            ConfigError: its adapter misses something, such as its key (`missing_api_key`).
+        """
+        is_alike = dict(definition.ray_options) == dict(self._definition.ray_options)
+        if definition.adapter is not None and is_alike:
+            check_here(definition.adapter)
+
     async def status(self) -> ShardStatus:
         """Return how the shard is doing."""
         return ShardStatus(

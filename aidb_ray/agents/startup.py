@@ -17,7 +17,7 @@ from aidb_ray.agents.definition import AgentDefinition
 from aidb_ray.agents.shard import AGENT_ENDED, AgentActor, ShardStatus
 from aidb_ray.database import Database
 from aidb_ray.errors import ConfigError, UnavailableError
-from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, find, spawn
+from aidb_ray.runtime import ActorOptions, ActorRef, LocalRef, check_sendable, find, spawn
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ async def start_shards(
     """Return the shards of the agent once all are at work: what runs, or what `definition` says.
 
     Raises:
-        ConfigError: `agent_exists`: it runs with another definition, and `on_change` is `"error"`.
+        ConfigError: `agent_exists`: it runs with another definition, and `on_change` is `"error"`;
+            or `definition` cannot start, see `AgentActor.check`: then what runs goes on.
         UnavailableError: it did not come to work within 2 minutes.
         AidbError: a shard could not start.
     """
@@ -112,6 +113,7 @@ class _Start:
                         f"on_change='replace', or attach to it with db.agent({definition.name!r}).",
                         code="agent_exists",
                     )
+                await self._check(running)
                 await self._end(running)
         shards = [
             await _find_or_start(database, definition, index) for index in range(definition.shards)
@@ -129,6 +131,25 @@ class _Start:
         statuses = [await _status(ref) for ref in shards]
         is_mine = all(each and each.fingerprint == self._fingerprint for each in statuses)
         return shards if is_mine else None
+
+    async def _check(self, running: Shards) -> None:
+        """Raise if the definition could not start where these shards run, as far as they can tell.
+
+        Raises:
+            ConfigError: it cannot be sent, or its adapter misses something there.
+        """
+        definition = self._definition
+        if not self._database.is_local:
+            check_sendable(definition, f"The definition of agent {definition.name!r}")
+        answers = await asyncio.gather(
+            *(ref.ask(AgentActor.check, definition) for ref in running), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, ConfigError):
+                raise answer
+            if answer is not None:
+                # It may run code that does not know the new definition, or have just been ended.
+                logger.info("a shard cannot tell whether the next one could start: %s", answer)
 
     def _is_given_up(self) -> bool:
         """Whether a shard that does not answer is not waited for any longer."""

@@ -35,12 +35,14 @@ def check_sendable(value: object, name: str) -> None:
     """Raise if `value`, which people know as `name`, cannot be sent to another process.
 
     Raises:
-        ConfigError: `not_picklable`.
+        ConfigError: `not_picklable`, or what the value itself says of that.
     """
     import ray.cloudpickle
 
     try:
         ray.cloudpickle.dumps(value)  # pyright: ignore[reportPrivateImportUsage]
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"{name} cannot be sent to another process: {words(error)}. Make it a function of a "

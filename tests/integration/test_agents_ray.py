@@ -15,9 +15,11 @@ from aidb_ray import (
     Agent,
     ConfigError,
     Database,
+    EnvKey,
     connect,
     create_agent,
     durable_agent,
+    openai_text,
     tool,
 )
 from aidb_ray.models.base import ModelMessage
@@ -140,6 +142,24 @@ async def test_shards_share_the_sessions_and_a_new_definition_replaces_them(
     assert after.pid not in {status.pid for status in before}
     answer = await newer.send("where", session="aidb://echo/3").reply(timeout_ms=SOON_MS)
     assert answer.content == f"In {after.pid}."
+
+
+async def test_one_that_lacks_its_key_does_not_end_the_old_one(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this process has says nothing of where the agent runs."""
+    monkeypatch.setenv("KEY_OF_THE_DRIVER", "k")
+    agent = create_agent(durable_agent(name="echo", adapter=ScriptedModel(play)))
+    before = await agent.status()
+    keyed = openai_text("gpt-test", api_key=EnvKey("KEY_OF_THE_DRIVER"))
+
+    with pytest.raises(ConfigError) as raised:
+        await create_agent(durable_agent(name="echo", adapter=keyed)).ready()
+
+    assert raised.value.code == "missing_api_key"
+    assert await agent.status() == before
+    reply = await agent.send("hello", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "You said hello."
 
 
 async def test_a_handle_works_in_one_event_loop_after_the_other_of_a_process(db: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -31,6 +32,24 @@ R = TypeVar("R")
 URL = "aidb://echo/1"
 SOON_MS = 20_000
 MANY = 16
+
+
+class Keyed(ScriptedModel):
+    """A model that wants a key of the process it runs in."""
+
+    def check(self) -> None:
+        if "ITS_KEY" not in os.environ:
+            raise ConfigError("There is no key.", code="missing_api_key")
+
+
+class Unsendable(ScriptedModel):
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("It holds a socket.")
+
+
+class Secretive(ScriptedModel):
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise ConfigError("A secret stays here.", code="secret_not_portable")
 
 
 def define(**options: Any) -> AgentDefinition:
@@ -89,6 +108,44 @@ async def test_of_two_definitions_at_once_the_later_runs() -> None:
     await check_one_runner([newer])
     [status] = await newer.status()
     assert status.fingerprint == define(version="2").fingerprint()
+
+
+async def check_it_does_not_replace(agent: Agent, definition: AgentDefinition, code: str) -> None:
+    before = await agent.status()
+    later = create_agent(definition, database=agent.database)
+    with pytest.raises(ConfigError) as raised:
+        await later.ready()
+    assert raised.value.code == code
+    assert await agent.status() == before
+    await check_one_runner([agent])
+
+
+async def test_one_that_lacks_its_key_does_not_end_the_old_one(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ITS_KEY", raising=False)
+    agent = create_agent(define(), database=db)
+    keyed = define(adapter=Keyed(lambda _: "It has its key."))
+
+    await check_it_does_not_replace(agent, keyed, "missing_api_key")
+
+    monkeypatch.setenv("ITS_KEY", "k")
+    replaced = create_agent(keyed, database=db)
+    await replaced.ready()
+    reply = await replaced.send("hello", session=URL).reply(timeout_ms=SOON_MS)
+    assert reply.content == "It has its key."
+
+
+async def test_of_a_process_with_other_options_a_shard_tells_nothing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ITS_KEY", raising=False)
+    shard = AgentActor(db, define(), 0)
+    options = {"runtime_env": {"env_vars": {"ITS_KEY": "k"}}}
+
+    await shard.check(define(adapter=Keyed([]), ray_options=options))
+    with pytest.raises(ConfigError):
+        await shard.check(define(adapter=Keyed([])))
 
 
 async def test_a_shard_that_is_dead_is_replaced_at_once(db: Database) -> None:
@@ -249,6 +306,44 @@ async def test_processes_that_replace_at_once_end_the_old_one_and_no_other(
     agents = await start_all(processes, define(version="2"))
 
     await check_one_runner(agents)
+    assert len(names.started) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [
+        (Keyed, "missing_api_key"),
+        (Unsendable, "not_picklable"),
+        (Secretive, "secret_not_portable"),
+    ],
+)
+async def test_one_that_could_not_start_does_not_end_the_old_one(
+    processes: list[Database],
+    names: Names,
+    monkeypatch: pytest.MonkeyPatch,
+    model: type[ScriptedModel],
+    code: str,
+) -> None:
+    monkeypatch.delenv("ITS_KEY", raising=False)
+    [agent] = await start_all(processes[:1], define(shards=2))
+
+    await check_it_does_not_replace(agent, define(adapter=model([]), shards=2), code)
+
+    assert len(names.started) == 2
+
+
+async def test_a_shard_that_cannot_tell_is_replaced(
+    processes: list[Database], names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of an earlier version of this package, or that cannot read the definition."""
+
+    async def check(_actor: AgentActor, _definition: AgentDefinition) -> None:
+        raise AttributeError("check")
+
+    await start_all(processes[:1], define())
+    monkeypatch.setattr(AgentActor, "check", check)
+
+    await check_one_runner(await start_all(processes[:1], define(version="2")))
     assert len(names.started) == 2
 
 
